@@ -1,0 +1,45 @@
+// Work over threads, and each thread's scratch memory.
+#pragma once
+
+#include <cstdlib>
+
+#include "../ops.h"
+
+namespace llmcore::LLMCORE_LEVEL {
+namespace {
+
+// body(begin, end) on disjoint ranges that cover [0, count). Which thread runs what never changes a result: a body
+// reduces only inside its own range, or into slots that are summed later in a fixed order.
+template <class F>
+void parallel_for(int64_t count, int64_t grain, const F& body) {
+  if (count <= 0) return;
+  if (count <= grain) return body(int64_t{0}, count);
+  runtime.parallel_for(
+      count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// Rows of `width` elements over threads: below about 32k elements a second thread costs more than it saves.
+template <class F>
+void parallel_rows(int64_t rows, int64_t width, const F& body) {
+  const int64_t grain = 32768 / (width + 1) + 1;
+  parallel_for(rows, grain, body);
+}
+
+// 64-byte aligned memory for one call, freed with it. `ok()` is false when there was none.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats)
+      : data_(static_cast<float*>(std::aligned_alloc(64, (size_t(floats) * sizeof(float) + 64) / 64 * 64))) {}
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  bool ok() const { return data_ != nullptr; }
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+}  // namespace
+}  // namespace llmcore::LLMCORE_LEVEL

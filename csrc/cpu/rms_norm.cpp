@@ -1,0 +1,95 @@
+// rms_norm: rows over threads, each row read twice (the second time from L1) and written once.
+//
+// Forward moves 2 elements and does 3 operations per element, backward moves 3 and does about 8: both are bound by
+// memory. Nothing is kept for the backward pass: 1/rms is recomputed from the row that has to be read anyway. dweight
+// is summed in two stages: BLOCKS fixed blocks of rows, then the blocks in order, so that its bits do not depend on the
+// number of threads.
+#include "parallel.h"
+#include "row.h"
+
+namespace llmcore::LLMCORE_LEVEL {
+namespace {
+
+template <class T>
+INLINE float inverse_rms(const T* x, int64_t width, float eps) {
+  const float squares = sum_over_row(x, width, [](vec v) { return v * v; });
+  return 1.0f / std::sqrt(squares / float(width) + eps);
+}
+
+template <class T>
+void forward_row(const T* x, const float* weight, T* y, int64_t width, float eps) {
+  const float scale = inverse_rms(x, width, eps);
+  for_lanes(
+      width, [&](int64_t i) { store(y + i, load(x + i) * scale * load(weight + i)); },
+      [&](int64_t i, int64_t n) {
+        store_partial(y + i, load_partial(x + i, n) * scale * load_partial(weight + i, n), n);
+      });
+}
+
+// With g = dy * weight and u = x / rms: dx = (g - u * mean(g * u)) / rms, dweight += dy * u.
+template <class T>
+void backward_row(const T* dy, const T* x, const float* weight, T* dx, float* dweight, int64_t width, float eps) {
+  const float scale = inverse_rms(x, width, eps);
+  if (dx != nullptr) {
+    const float dot = sum_over_rows(dy, x, weight, width, [](vec g, vec u, vec w) { return g * w * u; });
+    const float pull = dot * scale * scale / float(width);
+    const auto gradient = [&](vec g, vec u, vec w) { return (g * w - u * pull) * scale; };
+    for_lanes(
+        width, [&](int64_t i) { store(dx + i, gradient(load(dy + i), load(x + i), load(weight + i))); },
+        [&](int64_t i, int64_t n) {
+          store_partial(dx + i, gradient(load_partial(dy + i, n), load_partial(x + i, n), load_partial(weight + i, n)),
+                        n);
+        });
+  }
+  if (dweight != nullptr) {
+    for_lanes(
+        width, [&](int64_t i) { store(dweight + i, fma(load(dy + i), load(x + i) * scale, load(dweight + i))); },
+        [&](int64_t i, int64_t n) {
+          store_partial(dweight + i,
+                        fma(load_partial(dy + i, n), load_partial(x + i, n) * scale, load_partial(dweight + i, n)), n);
+        });
+  }
+}
+
+template <class T>
+bool forward(const RmsNormForward& a) {
+  const RowParameter weight(a.weight, a.weight_dtype, a.width, 1.0f);
+  if (!weight.ok()) return false;
+  const T* x = static_cast<const T*>(a.x);
+  T* y = static_cast<T*>(a.y);
+  parallel_rows(a.rows, a.width, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      forward_row(x + r * a.width, weight.data(), y + r * a.width, a.width, a.eps);
+    }
+  });
+  return true;
+}
+
+template <class T>
+bool backward(const RmsNormBackward& a) {
+  const RowParameter weight(a.weight, a.weight_dtype, a.width, 1.0f);
+  RowPartials dweight(a.dweight, a.rows, a.width);
+  if (!weight.ok() || !dweight.ok()) return false;
+  const T* dy = static_cast<const T*>(a.dy);
+  const T* x = static_cast<const T*>(a.x);
+  T* dx = static_cast<T*>(a.dx);
+  dweight.for_blocks([&](int64_t begin, int64_t end, float* partial) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t at = r * a.width;
+      backward_row(dy + at, x + at, weight.data(), dx == nullptr ? nullptr : dx + at, partial, a.width, a.eps);
+    }
+  });
+  dweight.reduce();
+  return true;
+}
+
+}  // namespace
+
+bool rms_norm_forward(const RmsNormForward& a) {
+  return with_dtype(a.dtype, [&](auto t) { return forward<decltype(t)>(a); });
+}
+bool rms_norm_backward(const RmsNormBackward& a) {
+  return with_dtype(a.dtype, [&](auto t) { return backward<decltype(t)>(a); });
+}
+
+}  // namespace llmcore::LLMCORE_LEVEL

@@ -1,0 +1,20 @@
+// What is not a tensor op: the levels of this build and this machine.
+#include <pybind11/pybind11.h>
+
+#include "levels.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "llmcore's native kernels; importing it registers torch.ops.llmcore";
+  m.attr("BEST_LEVEL") = llmcore::BEST_LEVEL;
+  m.attr("COMPILER") = __VERSION__;
+  m.def(
+      "levels",
+      [] {
+        py::dict lacks;
+        for (int64_t i = 0; i < llmcore::level_count(); ++i) lacks[llmcore::level_name(i)] = llmcore::level_lacks(i);
+        return lacks;
+      },
+      "Each compiled level, worst first, with the instructions this machine lacks for it (empty: it runs).");
+}

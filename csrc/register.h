@@ -1,0 +1,78 @@
+// How an op's file in register/ reads tensors: checks that keep a kernel inside its memory, and dtype codes.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+
+#include "levels.h"
+
+namespace llmcore {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline Dtype dtype_of(const Tensor& t, const char* name) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
+                  ": the native kernels take float32, bfloat16 or float16");
+  if (type == ScalarType::BFloat16) return Dtype::bfloat16;
+  if (type == ScalarType::Half) return Dtype::float16;
+  return Dtype::float32;
+}
+
+inline const Kernels& kernels_of(int64_t level) {
+  const Kernels* kernels = kernels_at(level);
+  STD_TORCH_CHECK(kernels != nullptr, "level ", level, " does not run on this machine");
+  return *kernels;
+}
+
+inline void check_scratch(bool ok) { STD_TORCH_CHECK(ok, "out of memory for a kernel's scratch space"); }
+
+// The tensor itself when it is contiguous, else a contiguous copy.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// (rows, width) of a tensor seen as rows along its last axis.
+struct Rows {
+  int64_t rows, width;
+};
+inline Rows rows_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() >= 1, name, ": expected at least 1 axis, got a scalar");
+  const int64_t width = t.size(t.dim() - 1);
+  return {width == 0 ? 0 : t.numel() / width, width};
+}
+
+inline void check_same(const Tensor& t, const Tensor& like, const char* name, const char* like_name) {
+  bool same = t.dim() == like.dim() && t.scalar_type() == like.scalar_type();
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
+  STD_TORCH_CHECK(same && t.is_contiguous(), name, ": expected a contiguous tensor of the shape and dtype of ",
+                  like_name);
+}
+
+// A contiguous vector of `width` parameters, its pointer and dtype; nothing when it is absent.
+struct Parameter {
+  Parameter(const OptionalTensor& t, int64_t width, const char* name) {
+    if (!t.has_value()) return;
+    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == width, name, ": expected shape (", width, ")");
+    held = as_contiguous(*t);
+    data = held->const_data_ptr();
+    dtype = dtype_of(*held, name);
+  }
+  OptionalTensor held;
+  const void* data = nullptr;
+  Dtype dtype = Dtype::float32;
+};
+
+// A fresh float32 vector of `width`, or an empty one when it is not wanted.
+inline Tensor float_vector(const Tensor& like, bool wanted, int64_t width) {
+  return torch::stable::new_empty(like, {wanted ? width : 0}, ScalarType::Float);
+}
+inline Tensor fresh_like(const Tensor& like, bool wanted) {
+  return wanted ? torch::stable::empty_like(like) : torch::stable::new_empty(like, {0});
+}
+
+}  // namespace llmcore

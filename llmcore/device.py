@@ -1,0 +1,44 @@
+"""What this machine is: the one place that asks.
+
+CPU instruction sets are asked once, in csrc/levels.cpp, where the kernels' levels are compiled; this module hands on the
+answer, and knows about GPUs and their compilers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+from llmcore import native
+
+
+@functools.cache
+def cpu_levels() -> dict[str, str]:
+    """Each instruction-set level of the build, worst first, with what this machine lacks for it ("": it runs)."""
+    return {} if native.module is None else dict(native.module.levels())
+
+
+def best_cpu_level() -> str | None:
+    """The level that `cpu` stands for here: the best one that runs, None without native kernels."""
+    runs = [level for level, lacks in cpu_levels().items() if not lacks]
+    return runs[-1] if runs else None
+
+
+@functools.cache
+def cuda_reason() -> str | None:
+    """Why no CUDA kernel can run here, or None when there is a GPU that torch can use."""
+    if not torch.backends.cuda.is_built():
+        return "this torch is a CPU build"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    return None
+
+
+@functools.cache
+def triton_reason() -> str | None:
+    """Why no Triton kernel can run here, or None. Does not import triton."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return cuda_reason()

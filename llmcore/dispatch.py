@@ -1,0 +1,269 @@
+"""Which implementation of an op runs, and why.
+
+An op's contract (`llmcore/ops/<op>.py`) lists candidates, best first, the plain-PyTorch definition always last. Each
+answers `refuses(*args)` with reasons; the first with none runs, and the choice is remembered by the call's key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmcore import device, native
+
+BACKENDS = ("cuda", "triton", "cpu", *(f"cpu_{level}" for level in native.LEVELS), "reference")
+"""Every name that `use` and LLMCORE_BACKEND take."""
+
+UNFORCED = ("cuda", "triton", "cpu", "reference")
+"""What runs when nothing is forced: single levels of the CPU kernels only run when asked for by name."""
+
+forced: str | None = os.environ.get("LLMCORE_BACKEND") or None
+"""The backend that must run, for the whole process; None: the first candidate that does not refuse."""
+
+REGISTRY: dict[str, Op] = {}
+"""Every op by name."""
+
+
+class BackendError(RuntimeError):
+    """A forced backend cannot run this call; the message has its reasons."""
+
+
+def _never(*args: Any) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One implementation of an op.
+
+    `machine` says why it cannot run here at all ("" when it can); `refuses` takes the op's own arguments and says why it
+    cannot run this call. `forward`, `backward` and `into` (forward into a given output) have the signatures that the op's
+    contract states; the definition has no `backward`: autograd knows it.
+    """
+
+    backend: str
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
+    into: Callable[..., Any] | None = None
+    machine: str = ""
+    refuses: Callable[..., list[str]] = _never
+
+    def reasons(self, *args: Any) -> list[str]:
+        """Why this candidate does not run this call; empty when it does."""
+        return [self.machine] if self.machine else self.refuses(*args)
+
+
+def native_candidates(
+    name: str, refuses: Callable[..., list[str]], *, into: bool = True
+) -> tuple[Candidate, ...]:
+    """The raw ops of `name` as the candidate `cpu` (the best level here) and as one candidate for each level."""
+
+    def at(backend: str, machine: str, level: int) -> Candidate:
+        return Candidate(
+            backend,
+            forward=native.bind(f"{name}_forward", level),
+            backward=native.bind(f"{name}_backward", level),
+            into=native.bind(f"{name}_forward_out", level) if into else None,
+            machine=machine,
+            refuses=refuses,
+        )
+
+    levels = device.cpu_levels()
+    candidates = [at("cpu", native.why_not, native.BEST_LEVEL)]
+    for level in native.LEVELS:
+        if native.module is None:
+            machine = native.why_not
+        elif level not in levels:
+            machine = f"not built: {level} is not a level of this architecture"
+        else:
+            machine = f"this machine lacks{levels[level]}" if levels[level] else ""
+        index = list(levels).index(level) if level in levels else native.BEST_LEVEL
+        candidates.append(at(f"cpu_{level}", machine, index))
+    return tuple(candidates)
+
+
+class Op:
+    """An op's name, its definition, its argument check, sample calls to hold it to, and what can run it.
+
+    `absent` holds the contract's sentence for each family of kernels (cpu, triton, cuda) that it does not have.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reference: Callable[..., Any],
+        check: Callable[..., None],
+        samples: Callable[..., Any],
+        candidates: tuple[Candidate, ...] = (),
+        **absent: str,
+    ) -> None:
+        self.name = name
+        self.reference = reference
+        self.check = check
+        self.samples = samples
+        self.candidates = (*candidates, Candidate("reference", reference))
+        self.absent = absent
+        self.chosen: dict[Any, Candidate] = {}
+        REGISTRY[name] = self
+
+    def kernel(self, key: Any, *args: Any) -> Candidate:
+        """The candidate that runs this call, its arguments checked.
+
+        `key` holds all of the call that the check and the choice depend on, so that both happen once for each key.
+
+        Raises:
+            BackendError: a backend is forced and it refuses; the message has its reasons.
+            ValueError: the forced backend's name is unknown.
+            TypeError, ValueError: the check's own.
+        """
+        if (
+            torch.compiler.is_compiling()
+        ):  # shapes may be symbolic, and a graph must not depend on a cache
+            return self._choose(*args)
+        choice = self.chosen.get((forced, key))
+        if choice is None:
+            if len(self.chosen) >= 4096:
+                self.chosen.clear()
+            choice = self.chosen[forced, key] = self._choose(*args)
+        return choice
+
+    def _choose(self, *args: Any) -> Candidate:
+        self.check(*args)
+        if forced is not None:
+            check_backend(forced)
+            return self._forced(forced, *args)
+        preferred = (c for c in self.candidates if c.backend in UNFORCED)
+        return next(c for c in preferred if not c.reasons(*args))
+
+    def _forced(self, backend: str, *args: Any) -> Candidate:
+        candidate = self.candidate(backend)
+        reasons = [self.why_absent(backend)] if candidate is None else candidate.reasons(*args)
+        if candidate is None or reasons:
+            raise BackendError(
+                f"{self.name}: {backend} was asked for and cannot run: {'; '.join(reasons)}"
+            )
+        return candidate
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The public function."""
+        return getattr(importlib.import_module("llmcore.ops"), self.name)
+
+    def candidate(self, backend: str) -> Candidate | None:
+        """The candidate of a backend, None where the contract has none."""
+        return next((c for c in self.candidates if c.backend == backend), None)
+
+    def why_absent(self, backend: str) -> str:
+        """The contract's sentence on a backend that it has no kernel for."""
+        family = backend.split("_")[0]
+        return self.absent.get(family, f"{self.name} has no {family} kernel")
+
+
+def check_backend(name: object) -> None:
+    """Raises ValueError unless `name` is a backend's."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
+
+
+@contextlib.contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Forces one backend inside a `with` block, for the whole process (as torch.backends' flags are).
+
+    A call that the backend refuses raises BackendError with the reasons; nothing falls back.
+    """
+    global forced
+    check_backend(backend)
+    before, forced = forced, backend
+    try:
+        yield
+    finally:
+        forced = before
+
+
+class Backends(dict[str, dict[str, str]]):
+    """backends()'s answer: op -> backend -> "" where it runs on this machine, else why not. Prints as a table."""
+
+    def __str__(self) -> str:
+        best = device.best_cpu_level()
+        notes: dict[str, int] = {}
+        width = max(map(len, self))
+        lines = [
+            f"cpu stands for cpu_{best} on this machine"
+            if best
+            else "there is no cpu backend: " + native.why_not
+        ]
+        lines.append(" ".join([" " * width, *BACKENDS]))
+        for name, row in self.items():
+            cells = [
+                ("runs" if not why else f"({notes.setdefault(why, len(notes) + 1)})")
+                for why in row.values()
+            ]
+            lines.append(
+                " ".join(
+                    [
+                        f"{name:<{width}}",
+                        *(f"{c:<{len(b)}}" for c, b in zip(cells, row, strict=True)),
+                    ]
+                ).rstrip()
+            )
+        return "\n".join([*lines, *(f"({number}) {why}" for why, number in notes.items())])
+
+
+def backends() -> Backends:
+    """Every op with every backend: "" where it runs on this machine, else the reason."""
+    table = Backends()
+    for name, op in REGISTRY.items():
+        found = {backend: op.candidate(backend) for backend in BACKENDS}
+        table[name] = {b: op.why_absent(b) if c is None else c.machine for b, c in found.items()}
+    return table
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which candidate runs a call, and why each other one does not. Prints as a list."""
+
+    op: str
+    chosen: str
+    reasons: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        others = [
+            f"  {b}: {'; '.join(why) or 'could run'}"
+            for b, why in self.reasons.items()
+            if b != self.chosen
+        ]
+        return "\n".join([f"{self.op} runs on {self.chosen}", *others])
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> Explanation:
+    """Which candidate would run op(*args, **options), and the reasons of all others.
+
+    `op` is a public function of llmcore.ops or its name. Raises what the call itself would raise for bad arguments.
+    """
+    found = find(op)
+    bound = inspect.signature(found.check).bind(*args, **options)
+    bound.apply_defaults()
+    call = bound.args + tuple(bound.kwargs.values())
+    chosen = found._choose(*call)
+    reasons = {}
+    for backend in BACKENDS:
+        candidate = found.candidate(backend)
+        reasons[backend] = (
+            [found.why_absent(backend)] if candidate is None else candidate.reasons(*call)
+        )
+    return Explanation(found.name, chosen.backend, reasons)
+
+
+def find(op: str | Callable[..., Any]) -> Op:
+    """An op by its name or its public function; ValueError when there is none such."""
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in REGISTRY:
+        raise ValueError(f"op: got {name!r}, expected one of {', '.join(REGISTRY)}")
+    return REGISTRY[name]

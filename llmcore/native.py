@@ -1,0 +1,79 @@
+"""Loads the built extension and offers its ops as candidates, one for each instruction-set level.
+
+A raw op is `torch.ops.llmcore.<op>_forward` or `_backward`, registered in csrc/register/<op>.cpp over torch's stable ABI.
+Its first argument is the level. Raw ops are private: they know no gradient, the contracts in `llmcore.ops` do.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LEVELS = ("avx512_bf16", "avx512", "avx2", "portable")
+"""Every level there can be, best first; a build holds those of its architecture."""
+
+BEST_LEVEL = -1
+"""The level number that means: the best one this machine runs (csrc/levels.h)."""
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("llmcore._native"), ""
+    except ModuleNotFoundError:
+        return (
+            None,
+            "not built: this install has no llmcore/_native (it needs a C++ compiler at install time)",
+        )
+    except ImportError as error:
+        return None, f"not built for this torch: {error}"
+
+
+module, why_not = _load()
+
+
+def op(name: str) -> Callable[..., Any]:
+    """The raw op torch.ops.llmcore.<name>; calling it without the extension raises with the reason."""
+    if module is None:
+
+        def missing(*args: object) -> Any:
+            raise RuntimeError(f"{name}: {why_not}")
+
+        return missing
+    return getattr(torch.ops.llmcore, name).default
+
+
+def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers the decorated function as the shapes-only version of a raw op (for torch.compile and export)."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        if module is not None:
+            torch.library.register_fake(f"llmcore::{name}", function)
+        return function
+
+    return register
+
+
+def bind(name: str, level: int) -> Callable[..., Any]:
+    """A raw op at one level."""
+    return functools.partial(op(name), level)
+
+
+def refuses_tensors(*tensors: torch.Tensor | None) -> list[str]:
+    """Why the CPU kernels can't take these tensors; a None stands for an absent option."""
+    reasons = []
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            reasons.append(f"a tensor on {tensor.device.type}: these kernels run on the CPU")
+        if tensor.dtype not in DTYPES:
+            reasons.append(f"{tensor.dtype}: the native kernels take float32, bfloat16 and float16")
+        if tensor.layout != torch.strided:
+            reasons.append(f"layout {tensor.layout}: the native kernels take strided tensors")
+    return list(dict.fromkeys(reasons))
