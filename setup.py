@@ -1,6 +1,7 @@
-"""Builds llmcore's native kernels with ninja: every op once per instruction-set level, one shared library.
+"""Builds llmcore's native kernels with ninja: each op once per instruction-set level, one library.
 
-Without a compiler the package installs all the same: the plain-PyTorch definitions run and `llmcore.backends()` says why.
+Without a compiler the package installs all the same: the plain-PyTorch definitions run and
+`llmcore.backends()` says why.
 """
 
 import os
@@ -31,11 +32,11 @@ LEVELS = {"portable": []} | (
 
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS]
-# No -ffast-math: NaN and inf go through as in torch. Products and sums are contracted to FMA where there is one. GCC's own
-# AVX-512 headers set off -Wmaybe-uninitialized.
+# No -ffast-math: NaN and inf go through as in torch. No contraction: vec.h says where an FMA stands.
+# GCC's own AVX-512 headers set off -Wmaybe-uninitialized.
 KERNEL = [
     *("-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-fno-trapping-math"),
-    *("-ffp-contract=fast", "-Wno-maybe-uninitialized"),
+    *("-ffp-contract=off", "-Wno-maybe-uninitialized"),
 ]
 
 

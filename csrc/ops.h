@@ -49,10 +49,114 @@ struct RmsNormBackward {
   Dtype dtype, weight_dtype;
 };
 
+// y = (x - mean) / sqrt(variance + eps) * weight + bias over the last axis; shapes as in RmsNormForward.
+struct LayerNormForward {
+  const void* x;
+  const void* weight;
+  const void* bias;
+  void* y;
+  int64_t rows, width;
+  float eps;
+  Dtype dtype, weight_dtype, bias_dtype;
+};
+
+// dx (rows, width), dweight and dbias (width, float32) of the above; each may be null when it is not wanted.
+struct LayerNormBackward {
+  const void* dy;
+  const void* x;
+  const void* weight;
+  void* dx;
+  float* dweight;
+  float* dbias;
+  int64_t rows, width;
+  float eps;
+  Dtype dtype, weight_dtype;
+};
+
+// y = exp(x - max) / sum over the last axis. x, y (rows, width), contiguous; y may be x.
+struct SoftmaxForward {
+  const void* x;
+  void* y;
+  int64_t rows, width;
+  Dtype dtype;
+};
+
+// dx = y * (dy - sum(dy * y)) from the forward pass's result y.
+struct SoftmaxBackward {
+  const void* dy;
+  const void* y;
+  void* dx;
+  int64_t rows, width;
+  Dtype dtype;
+};
+
+constexpr int64_t NO_OFFSET = INT64_MIN;
+
+// Scores of attention, shared by both passes. Query head h reads key/value head h / (H / G). The last axis of q, k, v
+// is contiguous; the strides are those of (batch, head, position).
+struct AttentionProblem {
+  const void* q;  // (B, H, T, D)
+  const void* k;  // (B, G, S, D)
+  const void* v;  // (B, G, S, Dv)
+  int64_t B, H, G, T, S, D, Dv;
+  int64_t q_strides[3], k_strides[3], v_strides[3];
+  Dtype dtype;
+
+  const void* mask;  // broadcast to (B, H, T, S) by its strides, or null; bytes when mask_is_bool, else mask_dtype
+  int64_t mask_strides[4];
+  bool mask_is_bool;
+  Dtype mask_dtype;
+
+  const int64_t* kv_lengths;  // (B) or null: S
+  const int64_t* q_offsets;   // (B) or null: q_offset for all, or kv_length - T when that is NO_OFFSET
+  int64_t q_offset;
+  bool causal;
+  int64_t window_left, window_right;  // negative: unbounded
+  float scale, softcap;               // softcap 0: none
+  const float* sinks;                 // (H) or null
+  const float* alibi_slopes;          // by strides (batch, head), or null
+  int64_t alibi_strides[2];
+  uint32_t dropout_threshold;  // a score is dropped when its hash is below it; 0: no dropout
+  uint64_t dropout_seed;
+};
+
+struct AttentionForward {
+  AttentionProblem problem;
+  void* out;  // (B, H, T, Dv) by its strides
+  int64_t out_strides[3];
+  float* lse;  // (B, H, T), contiguous
+};
+
+// Strides are those of (batch, head, position). dsinks (B, H) is summed over queries only; it may be null, as dlse may
+// be.
+struct AttentionBackward {
+  AttentionProblem problem;
+  const void* out;    // (B, H, T, Dv)
+  const void* dout;   // (B, H, T, Dv)
+  const float* lse;   // (B, H, T), contiguous
+  const float* dlse;  // (B, H, T), contiguous
+  void* dq;           // (B, H, T, D)
+  void* dk;           // (B, G, S, D)
+  void* dv;           // (B, G, S, Dv)
+  float* dsinks;
+  int64_t out_strides[3], dout_strides[3], dq_strides[3], dk_strides[3], dv_strides[3];
+};
+
 // The bodies of one level. Each returns false when scratch memory could not be had, true otherwise.
+#define LLMCORE_KERNELS(X)                  \
+  X(rms_norm_forward, RmsNormForward)       \
+  X(rms_norm_backward, RmsNormBackward)     \
+  X(layer_norm_forward, LayerNormForward)   \
+  X(layer_norm_backward, LayerNormBackward) \
+  X(softmax_forward, SoftmaxForward)        \
+  X(softmax_backward, SoftmaxBackward)      \
+  X(attention_forward, AttentionForward)    \
+  X(attention_backward, AttentionBackward)
+
 struct Kernels {
-  bool (*rms_norm_forward)(const RmsNormForward&);
-  bool (*rms_norm_backward)(const RmsNormBackward&);
+#define LLMCORE_KERNEL_MEMBER(name, arguments) bool (*name)(const arguments&);
+  LLMCORE_KERNELS(LLMCORE_KERNEL_MEMBER)
+#undef LLMCORE_KERNEL_MEMBER
 };
 
 #define LLMCORE_DECLARE_LEVEL(level) \

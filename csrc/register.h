@@ -71,6 +71,9 @@ struct Parameter {
 inline Tensor float_vector(const Tensor& like, bool wanted, int64_t width) {
   return torch::stable::new_empty(like, {wanted ? width : 0}, ScalarType::Float);
 }
+inline float* floats_of(const Tensor& t, bool wanted) {
+  return wanted ? static_cast<float*>(t.mutable_data_ptr()) : nullptr;
+}
 inline Tensor fresh_like(const Tensor& like, bool wanted) {
   return wanted ? torch::stable::empty_like(like) : torch::stable::new_empty(like, {0});
 }

@@ -3,12 +3,10 @@
 
 namespace llmcore::LLMCORE_LEVEL {
 
-bool rms_norm_forward(const RmsNormForward&);
-bool rms_norm_backward(const RmsNormBackward&);
+#define LLMCORE_KERNEL_DECLARATION(name, arguments) bool name(const arguments&);
+LLMCORE_KERNELS(LLMCORE_KERNEL_DECLARATION)
 
-const Kernels kernels = {
-    rms_norm_forward,
-    rms_norm_backward,
-};
+#define LLMCORE_KERNEL_ENTRY(name, arguments) name,
+const Kernels kernels = {LLMCORE_KERNELS(LLMCORE_KERNEL_ENTRY)};
 
 }  // namespace llmcore::LLMCORE_LEVEL

@@ -41,5 +41,30 @@ class Scratch {
   float* data_;
 };
 
+// Something that went wrong on some thread.
+class Failure {
+ public:
+  void set() { __atomic_store_n(&happened_, true, __ATOMIC_RELAXED); }
+  bool happened() const { return __atomic_load_n(&happened_, __ATOMIC_RELAXED); }
+
+ private:
+  bool happened_ = false;
+};
+
+// body(next) on every thread, where next() gives each task in [0, count) to exactly one caller, in order, and -1 when
+// there are none left: for tasks of unequal length.
+template <class F>
+void parallel_tasks(int64_t count, const F& body) {
+  int64_t taken = 0;
+  const auto next = [&] {
+    const int64_t task = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
+    return task < count ? task : int64_t{-1};
+  };
+  const int64_t threads = count < runtime.threads() ? count : runtime.threads();
+  parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) body(next);
+  });
+}
+
 }  // namespace
 }  // namespace llmcore::LLMCORE_LEVEL

@@ -2,7 +2,7 @@
 //
 // Forward moves 2 elements and does 3 operations per element, backward moves 3 and does about 8: both are bound by
 // memory. Nothing is kept for the backward pass: 1/rms is recomputed from the row that has to be read anyway. dweight
-// is summed in two stages: BLOCKS fixed blocks of rows, then the blocks in order, so that its bits do not depend on the
+// is summed in two stages, fixed blocks of rows and then the blocks in order, so that its bits do not depend on the
 // number of threads.
 #include "parallel.h"
 #include "row.h"
@@ -12,18 +12,13 @@ namespace {
 
 template <class T>
 INLINE float inverse_rms(const T* x, int64_t width, float eps) {
-  const float squares = sum_over_row(x, width, [](vec v) { return v * v; });
-  return 1.0f / std::sqrt(squares / float(width) + eps);
+  return 1.0f / std::sqrt(sum_over_row(width, [](vec v) { return v * v; }, x) / float(width) + eps);
 }
 
 template <class T>
 void forward_row(const T* x, const float* weight, T* y, int64_t width, float eps) {
   const float scale = inverse_rms(x, width, eps);
-  for_lanes(
-      width, [&](int64_t i) { store(y + i, load(x + i) * scale * load(weight + i)); },
-      [&](int64_t i, int64_t n) {
-        store_partial(y + i, load_partial(x + i, n) * scale * load_partial(weight + i, n), n);
-      });
+  map_row(y, width, [=](vec v, vec w) { return v * scale * w; }, x, weight);
 }
 
 // With g = dy * weight and u = x / rms: dx = (g - u * mean(g * u)) / rms, dweight += dy * u.
@@ -31,23 +26,12 @@ template <class T>
 void backward_row(const T* dy, const T* x, const float* weight, T* dx, float* dweight, int64_t width, float eps) {
   const float scale = inverse_rms(x, width, eps);
   if (dx != nullptr) {
-    const float dot = sum_over_rows(dy, x, weight, width, [](vec g, vec u, vec w) { return g * w * u; });
-    const float pull = dot * scale * scale / float(width);
-    const auto gradient = [&](vec g, vec u, vec w) { return (g * w - u * pull) * scale; };
-    for_lanes(
-        width, [&](int64_t i) { store(dx + i, gradient(load(dy + i), load(x + i), load(weight + i))); },
-        [&](int64_t i, int64_t n) {
-          store_partial(dx + i, gradient(load_partial(dy + i, n), load_partial(x + i, n), load_partial(weight + i, n)),
-                        n);
-        });
+    const auto product = [=](vec g, vec w, vec v) { return g * w * (v * scale); };
+    const float mean_gu = sum_over_row(width, product, dy, weight, x) / float(width);
+    map_row(dx, width, [=](vec g, vec w, vec v) { return (g * w - v * scale * mean_gu) * scale; }, dy, weight, x);
   }
   if (dweight != nullptr) {
-    for_lanes(
-        width, [&](int64_t i) { store(dweight + i, fma(load(dy + i), load(x + i) * scale, load(dweight + i))); },
-        [&](int64_t i, int64_t n) {
-          store_partial(dweight + i,
-                        fma(load_partial(dy + i, n), load_partial(x + i, n) * scale, load_partial(dweight + i, n)), n);
-        });
+    map_row(dweight, width, [=](vec d, vec g, vec v) { return fma(g, v * scale, d); }, dweight, dy, x);
   }
 }
 
@@ -73,10 +57,11 @@ bool backward(const RmsNormBackward& a) {
   const T* dy = static_cast<const T*>(a.dy);
   const T* x = static_cast<const T*>(a.x);
   T* dx = static_cast<T*>(a.dx);
-  dweight.for_blocks([&](int64_t begin, int64_t end, float* partial) {
+  for_row_blocks(a.rows, [&](int64_t block, int64_t begin, int64_t end) {
+    float* dw = dweight.partial(block);
     for (int64_t r = begin; r < end; ++r) {
       const int64_t at = r * a.width;
-      backward_row(dy + at, x + at, weight.data(), dx == nullptr ? nullptr : dx + at, partial, a.width, a.eps);
+      backward_row(dy + at, x + at, weight.data(), dx == nullptr ? nullptr : dx + at, dw, a.width, a.eps);
     }
   });
   dweight.reduce();

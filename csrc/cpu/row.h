@@ -1,5 +1,5 @@
-// What the row-wise kernels (norms, softmax) share: sums along a row, a parameter vector as float32, and the two-stage
-// sum of a parameter's gradient over rows.
+// What the row-wise kernels (norms, softmax) share: maps and sums along a row, a parameter vector as float32, and the
+// two-stage sum of a parameter's gradient over rows.
 #pragma once
 
 #include "parallel.h"
@@ -15,9 +15,17 @@ INLINE bool with_dtype(Dtype dtype, const F& call) {
   return call(float{});
 }
 
-// Sum over i of term(a[i], ...) in float32. Four accumulators hide the latency of the addition.
+// out[i] = f(rows[i]...) in float32, rounded once. `out` may be one of the rows.
+template <class Out, class F, class... Rows>
+INLINE void map_row(Out* out, int64_t width, const F& f, const Rows*... rows) {
+  int64_t i = 0;
+  for (; i + LANES <= width; i += LANES) store(out + i, f(load(rows + i)...));
+  if (i < width) store_partial(out + i, f(load_partial(rows + i, width - i)...), width - i);
+}
+
+// Sum over i of term(rows[i]...) in float32. Four accumulators hide the latency of the addition.
 template <class Term, class... Rows>
-INLINE float sum_over_rows_of(int64_t width, const Term& term, const Rows*... rows) {
+INLINE float sum_over_row(int64_t width, const Term& term, const Rows*... rows) {
   vec sum[4] = {};
   int64_t i = 0;
   for (; i + 4 * LANES <= width; i += 4 * LANES) {
@@ -27,21 +35,18 @@ INLINE float sum_over_rows_of(int64_t width, const Term& term, const Rows*... ro
     sum[3] += term(load(rows + i + 3 * LANES)...);
   }
   for (; i + LANES <= width; i += LANES) sum[0] += term(load(rows + i)...);
-  // Lanes behind the end are zeroed after the term: a term of zeros need not be zero.
-  if (i < width) {
-    float tail[LANES];
-    store(tail, term(load_partial(rows + i, width - i)...));
-    sum[1] += load_partial(tail, width - i);
-  }
+  // Behind the end the term is dropped, since a term of zeros need not be zero.
+  if (i < width) sum[1] += first_lanes(term(load_partial(rows + i, width - i)...), width - i, 0.0f);
   return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
-template <class A, class Term>
-INLINE float sum_over_row(const A* a, int64_t width, const Term& term) {
-  return sum_over_rows_of(width, term, a);
-}
-template <class A, class B, class C, class Term>
-INLINE float sum_over_rows(const A* a, const B* b, const C* c, int64_t width, const Term& term) {
-  return sum_over_rows_of(width, term, a, b, c);
+
+template <class T>
+INLINE float max_over_row(int64_t width, const T* row) {
+  vec highest = broadcast(-INFINITY);
+  int64_t i = 0;
+  for (; i + LANES <= width; i += LANES) highest = max(load(row + i), highest);
+  if (i < width) highest = max(first_lanes(load_partial(row + i, width - i), width - i, -INFINITY), highest);
+  return max_lanes(highest);
 }
 
 // A weight or bias of `width` values as float32: the caller's own memory where it is float32 already, else a copy;
@@ -49,20 +54,20 @@ INLINE float sum_over_rows(const A* a, const B* b, const C* c, int64_t width, co
 class RowParameter {
  public:
   RowParameter(const void* values, Dtype dtype, int64_t width, float fill)
-      : copy_(values != nullptr && dtype == Dtype::float32 ? 0 : width) {
-    if (values != nullptr && dtype == Dtype::float32) {
-      data_ = static_cast<const float*>(values);
-      return;
-    }
-    data_ = copy_.data();
+      : copy_(values != nullptr && dtype == Dtype::float32 ? 0 : width), data_(copy_.data()) {
     if (!copy_.ok()) return;
-    with_dtype(dtype, [&](auto t) {
-      const auto* from = static_cast<const decltype(t)*>(values);
-      for (int64_t i = 0; i < width; ++i) copy_.data()[i] = from == nullptr ? fill : load_one(from + i);
-      return true;
-    });
+    if (values == nullptr) {
+      for (int64_t i = 0; i < width; ++i) copy_.data()[i] = fill;
+    } else if (dtype == Dtype::float32) {
+      data_ = static_cast<const float*>(values);
+    } else {
+      with_dtype(dtype, [&](auto t) {
+        map_row(copy_.data(), width, [](vec v) { return v; }, static_cast<const decltype(t)*>(values));
+        return true;
+      });
+    }
   }
-  bool ok() const { return data_ != nullptr; }
+  bool ok() const { return copy_.ok(); }
   const float* data() const { return data_; }
 
  private:
@@ -70,46 +75,40 @@ class RowParameter {
   const float* data_;
 };
 
-// The gradient of a row parameter, summed over rows: each of a fixed number of blocks of rows has a partial sum of its
-// own, and reduce() adds them in order. `total` may be null: then the blocks only split the work.
+// Rows are cut into a number of blocks that depends on nothing but their count.
+INLINE int64_t row_blocks(int64_t rows) { return rows < 64 ? rows : 64; }
+
+// body(block, begin, end) for each block of rows, over threads.
+template <class F>
+void for_row_blocks(int64_t rows, const F& body) {
+  const int64_t blocks = row_blocks(rows);
+  parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) body(b, b * rows / blocks, (b + 1) * rows / blocks);
+  });
+}
+
+// A parameter's gradient: each block of rows adds to a partial sum of its own, reduce() adds those up in order. With a
+// null `total` nothing is wanted, and every partial is null.
 class RowPartials {
  public:
   RowPartials(float* total, int64_t rows, int64_t width)
-      : total_(total),
-        rows_(rows),
-        width_(width),
-        blocks_(rows < MAX_BLOCKS ? rows : MAX_BLOCKS),
-        partials_(total == nullptr ? 0 : blocks_ * width) {}
-  bool ok() const { return partials_.ok(); }
-
-  template <class F>
-  void for_blocks(const F& body) {
-    parallel_for(blocks_, 1, [&](int64_t first, int64_t last) {
-      for (int64_t b = first; b < last; ++b) {
-        float* partial = total_ == nullptr ? nullptr : partials_.data() + b * width_;
-        if (partial != nullptr) std::memset(partial, 0, size_t(width_) * sizeof(float));
-        body(b * rows_ / blocks_, (b + 1) * rows_ / blocks_, partial);
-      }
-    });
+      : total_(total), width_(width), blocks_(row_blocks(rows)), partials_(total == nullptr ? 0 : blocks_ * width) {
+    if (total != nullptr && ok()) std::memset(partials_.data(), 0, size_t(blocks_ * width) * sizeof(float));
   }
+  bool ok() const { return partials_.ok(); }
+  float* partial(int64_t block) const { return total_ == nullptr ? nullptr : partials_.data() + block * width_; }
 
-  void reduce() {
+  void reduce() const {
     if (total_ == nullptr) return;
     std::memset(total_, 0, size_t(width_) * sizeof(float));
     for (int64_t b = 0; b < blocks_; ++b) {
-      const float* partial = partials_.data() + b * width_;
-      for_lanes(
-          width_, [&](int64_t i) { store(total_ + i, load(total_ + i) + load(partial + i)); },
-          [&](int64_t i, int64_t n) {
-            store_partial(total_ + i, load_partial(total_ + i, n) + load_partial(partial + i, n), n);
-          });
+      map_row(total_, width_, [](vec t, vec p) { return t + p; }, total_, partial(b));
     }
   }
 
  private:
-  static constexpr int64_t MAX_BLOCKS = 64;
   float* total_;
-  int64_t rows_, width_, blocks_;
+  int64_t width_, blocks_;
   Scratch partials_;
 };
 

@@ -50,8 +50,18 @@ INLINE To bits_of(From from) {
   return __builtin_bit_cast(To, from);
 }
 
-INLINE vec broadcast(float x) { return vec{} + x; }
-INLINE vec fma(vec a, vec b, vec c) { return a * b + c; }  // contracted where the level has it
+INLINE vec broadcast(float x) { return x - vec{}; }  // x - 0 is x for -0 too, and is folded away
+// The only place where a product and a sum are rounded once: the build contracts nothing by itself (-ffp-contract=off),
+// so that a - b is 0 where a and b were computed alike.
+INLINE vec fma(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+  return vec(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif defined(__AVX2__)
+  return vec(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#else
+  return a * b + c;
+#endif
+}
 
 // max and min give b when either is NaN, as the x86 instructions do.
 INLINE vec max(vec a, vec b) {
@@ -184,51 +194,100 @@ INLINE void store_partial(T* p, vec v, int64_t n) {
   std::memcpy(p, buffer, size_t(n) * sizeof(T));
 }
 
-template <class T>
-INLINE float load_one(const T* p) {
-  if constexpr (sizeof(T) == 4)
-    return *p;
-  else
-    return load_partial(p, 1)[0];
+// v in the first n lanes, `fill` behind them.
+INLINE vec first_lanes(vec v, int64_t n, float fill) {
+  ivec lane;
+  for (int i = 0; i < LANES; ++i) lane[i] = i;
+  return lane < int32_t(n) ? v : broadcast(fill);
 }
 
-// Calls body(offset, count) over [0, n) in whole vectors (count a compile-time LANES) and one partial one.
-template <class Whole, class Partial>
-INLINE void for_lanes(int64_t n, Whole whole, Partial partial) {
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) whole(i);
-  if (i < n) partial(i, n - i);
-}
-
-// exp, relative error below 2 ulp on the normal range; exp(-inf) = 0, exp(NaN) = NaN, results under 2^-126 are 0.
-// Range reduction by ln 2 in two parts (Cody and Waite), degree-6 minimax polynomial on [-ln2/2, ln2/2].
-INLINE vec exp(vec x) {
-  const vec clamped = min(broadcast(88.7228394f), max(broadcast(-104.0f), x));  // NaN passes: it is the second operand
+// To the nearest integer, ties to even; |x| < 2^22.
+INLINE vec round(vec x) {
 #if defined(__AVX512F__)
-  const vec n = vec(_mm512_roundscale_ps(__m512(clamped * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return vec(_mm512_roundscale_ps(__m512(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__AVX2__)
-  const vec n = vec(_mm256_round_ps(__m256(clamped * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return vec(_mm256_round_ps(__m256(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
-  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const vec n = (clamped * 1.44269504f + shift) - shift;
+  const float shift = 12582912.0f;  // 1.5 * 2^23: no fraction bits are left beside it
+  return (x + shift) - shift;
 #endif
-  vec f = fma(n, broadcast(-0.693359375f), clamped);
-  f = fma(n, broadcast(2.12194440e-4f), f);
-  vec p = broadcast(1.38888889e-3f);
-  p = fma(p, f, broadcast(8.33333333e-3f));
-  p = fma(p, f, broadcast(4.16666667e-2f));
-  p = fma(p, f, broadcast(1.66666667e-1f));
-  p = fma(p, f, broadcast(0.5f));
-  p = fma(p, f, broadcast(1.0f));
-  p = fma(p, f, broadcast(1.0f));
+}
+
+// p * 2^n for whole n and p near 1; lanes whose result is no normal number are marked `tiny` and may give 0. A NaN in p
+// goes through.
+INLINE vec scale_by_power(vec p, vec n, ivec tiny) {
 #if defined(__AVX512F__)
+  (void)tiny;
   return vec(_mm512_scalef_ps(__m512(p), __m512(n)));
 #else
   const ivec exponent = __builtin_convertvector(n, ivec);
-  const vec scaled = bits_of<vec>(bits_of<ivec>(p) + (exponent << 23));
-  const vec finite = x < broadcast(-87.3365447f) ? vec{} : scaled;
-  return x == x ? finite : x;
+  const vec scaled = bits_of<vec>(bits_of<uvec>(p) + (bits_of<uvec>(exponent) << 23));
+  return p == p ? (tiny ? vec{} : scaled) : p;
 #endif
+}
+
+// exp, relative error below 3 ulp on the normal range; exp(-inf) = 0, NaN goes through, results under 2^-126 may be 0,
+// and x above 88.72 counts as 88.72. Range reduction by ln 2 in two parts (Cody and Waite), then a polynomial of degree
+// 5 on [-ln2/2, ln2/2] fitted to the least maximal relative error, 1.05e-7.
+INLINE vec exp(vec x) {
+  const vec clamped = min(broadcast(88.7228394f), max(broadcast(-104.0f), x));  // NaN passes: it is the second operand
+  const vec n = round(clamped * 1.44269504f);
+  vec f = fma(n, broadcast(-0.693359375f), clamped);
+  f = fma(n, broadcast(2.12194440e-4f), f);
+  vec p = broadcast(8.31252016e-3f);
+  p = fma(p, f, broadcast(4.18901568e-2f));
+  p = fma(p, f, broadcast(0.166671146f));
+  p = fma(p, f, broadcast(0.499992315f));
+  p = fma(p, f, broadcast(1.0f));
+  p = fma(p, f, broadcast(1.0f));
+  return scale_by_power(p, n, x < -87.3365447f);
+}
+
+// 2^x for x <= 127, relative error below 3 ulp; 2^-inf = 0, NaN goes through, results under 2^-126 may be 0.
+INLINE vec exp2(vec x) {
+  const vec clamped = max(broadcast(-150.0f), x);  // NaN passes: it is the second operand
+  const vec n = round(clamped);
+  const vec f = clamped - n;
+  vec p = broadcast(1.32646999e-3f);
+  p = fma(p, f, broadcast(9.6715339e-3f));
+  p = fma(p, f, broadcast(5.550734e-2f));
+  p = fma(p, f, broadcast(0.240222418f));
+  p = fma(p, f, broadcast(0.693146977f));
+  p = fma(p, f, broadcast(1.0f));
+  return scale_by_power(p, n, x < -126.0f);
+}
+
+constexpr float TANH_SERIES[6] = {-0.333333304f, 0.13333187f,     -0.0539440281f,
+                                  0.0216843579f, -0.00813439293f, 0.0021017326f};
+
+// tanh, relative error below 4 ulp: an odd polynomial near zero, where 1 - 2 / (exp(2x) + 1) cancels.
+INLINE vec tanh(vec x) {
+  const vec size = x < 0.0f ? -x : x;
+  const vec far = 1.0f - 2.0f / (exp(size * 2.0f) + 1.0f);
+  const vec square = x * x;
+  vec p = broadcast(TANH_SERIES[5]);
+  for (int i = 4; i >= 0; --i) p = fma(p, square, broadcast(TANH_SERIES[i]));
+  const vec near = fma(x * square, p, x);
+  return size < 0.625f ? near : (x < 0.0f ? -far : far);
+}
+
+// In place: lane j of rows[i] and lane i of rows[j] change places.
+INLINE void transpose(vec (&rows)[LANES]) {
+#pragma GCC unroll 8
+  for (int half = LANES / 2; half >= 1; half /= 2) {
+    ivec low, high;
+    for (int lane = 0; lane < LANES; ++lane) {
+      low[lane] = lane & half ? LANES + lane - half : lane;
+      high[lane] = lane & half ? LANES + lane : lane + half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) {
+      if (i & half) continue;
+      const vec a = rows[i], b = rows[i + half];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + half] = __builtin_shuffle(a, b, high);
+    }
+  }
 }
 
 }  // namespace

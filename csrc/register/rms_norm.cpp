@@ -30,8 +30,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(int64_t level, const Tensor& dy, co
   const Tensor dweight = float_vector(input, need_dweight, width);
   check_scratch(kernels_of(level).rms_norm_backward(
       {gradient.const_data_ptr(), input.const_data_ptr(), w.data, need_dx ? dx.mutable_data_ptr() : nullptr,
-       need_dweight ? static_cast<float*>(dweight.mutable_data_ptr()) : nullptr, rows, width, float(eps),
-       dtype_of(input, "x"), w.dtype}));
+       floats_of(dweight, need_dweight), rows, width, float(eps), dtype_of(input, "x"), w.dtype}));
   return {dx, dweight};
 }
 

@@ -1,0 +1,58 @@
+#include "../register.h"
+
+namespace llmcore {
+namespace {
+
+void layer_norm_forward_out(int64_t level, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                            double eps, const Tensor& out) {
+  const Tensor input = as_contiguous(x);
+  const auto [rows, width] = rows_of(input, "x");
+  const Parameter w(weight, width, "weight"), b(bias, width, "bias");
+  check_same(out, input, "out", "x");
+  check_scratch(
+      kernels_of(level).layer_norm_forward({input.const_data_ptr(), w.data, b.data, out.mutable_data_ptr(), rows, width,
+                                            float(eps), dtype_of(input, "x"), w.dtype, b.dtype}));
+}
+
+Tensor layer_norm_forward(int64_t level, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                          double eps) {
+  const Tensor input = as_contiguous(x);
+  const Tensor out = torch::stable::empty_like(input);
+  layer_norm_forward_out(level, input, weight, bias, eps, out);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(int64_t level, const Tensor& dy, const Tensor& x,
+                                                       const OptionalTensor& weight, double eps, bool need_dx,
+                                                       bool need_dweight, bool need_dbias) {
+  const Tensor gradient = as_contiguous(dy), input = as_contiguous(x);
+  const auto [rows, width] = rows_of(input, "x");
+  const Parameter w(weight, width, "weight");
+  check_same(gradient, input, "dy", "x");
+  const Tensor dx = fresh_like(input, need_dx);
+  const Tensor dweight = float_vector(input, need_dweight, width), dbias = float_vector(input, need_dbias, width);
+  check_scratch(kernels_of(level).layer_norm_backward({gradient.const_data_ptr(), input.const_data_ptr(), w.data,
+                                                       need_dx ? dx.mutable_data_ptr() : nullptr,
+                                                       floats_of(dweight, need_dweight), floats_of(dbias, need_dbias),
+                                                       rows, width, float(eps), dtype_of(input, "x"), w.dtype}));
+  return {dx, dweight, dbias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(llmcore, m) {
+  m.def("layer_norm_forward(int level, Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor");
+  m.def(
+      "layer_norm_forward_out(int level, Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor(a!) out)"
+      " -> ()");
+  m.def(
+      "layer_norm_backward(int level, Tensor dy, Tensor x, Tensor? weight, float eps, bool need_dx,"
+      " bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) {
+  m.impl("layer_norm_forward", TORCH_BOX(&layer_norm_forward));
+  m.impl("layer_norm_forward_out", TORCH_BOX(&layer_norm_forward_out));
+  m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
+}
+
+}  // namespace llmcore
