@@ -12,8 +12,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -55,7 +56,8 @@ class NinjaBuild(build_ext):
             return
         import torch
 
-        folder = Path(self.build_temp).resolve()
+        # Not build_temp, which pip makes anew each time: a second build compiles what changed.
+        folder = ROOT / "build" / f"native-{sysconfig.get_platform()}"
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -113,12 +115,21 @@ def ninja_command() -> list[str]:
     return [found] if found else [sys.executable, "-m", "ninja"]
 
 
-setup(
-    packages=[
-        *("llmcore", "llmcore.ops", "llmcore.models", "llmcore.text"),
-        "llmcore.kernels",
-    ],
-    package_dir={"llmcore.kernels": "kernels"},
-    ext_modules=[Extension("llmcore._native", sources=[])],
-    cmdclass={"build_ext": NinjaBuild},
-)
+class PackageWithKernels(build_py):
+    """Puts the modules of the top-level folder kernels/ into llmcore.kernels."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        modules = super().find_package_modules(package, package_dir)
+        if package == "llmcore.kernels":
+            found = sorted((ROOT / "kernels").glob("*.py"))
+            modules += [(package, source.stem, str(source.relative_to(ROOT))) for source in found]
+        return modules
+
+
+if __name__ == "__main__":
+    setup(
+        packages=find_packages(include=["llmcore", "llmcore.*"]),
+        package_data={"llmcore": ["py.typed"]},
+        ext_modules=[Extension("llmcore._native", sources=[])],
+        cmdclass={"build_ext": NinjaBuild, "build_py": PackageWithKernels},
+    )

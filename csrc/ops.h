@@ -142,6 +142,34 @@ struct AttentionBackward {
   int64_t out_strides[3], dout_strides[3], dq_strides[3], dk_strides[3], dv_strides[3];
 };
 
+// Not ops, but the limits of this machine that the benchmarks divide by; each keeps every thread busy.
+//
+// Independent chains of multiply-adds in registers: v = v * factor + term, or, with bfloat16 pairs, v plus the products
+// of factor's and term's bits. `operations`: how many floating-point operations that was; 0 where this level has no
+// such instruction. `result` (threads) only keeps the work from being left out.
+struct RooflineChains {
+  float* result;
+  int64_t* operations;
+  int64_t rounds;
+  float factor, term;
+};
+
+// Sums of x (count), `passes` times over; `result` (threads).
+struct RooflineRead {
+  const float* x;
+  float* result;
+  int64_t count, passes;
+};
+
+// y = x (count), `passes` times over; with `past_caches` by stores that do not fetch y's lines, both then aligned to 64
+// bytes.
+struct RooflineCopy {
+  const float* x;
+  float* y;
+  int64_t count, passes;
+  bool past_caches;
+};
+
 // The bodies of one level. Each returns false when scratch memory could not be had, true otherwise.
 #define LLMCORE_KERNELS(X)                  \
   X(rms_norm_forward, RmsNormForward)       \
@@ -151,7 +179,11 @@ struct AttentionBackward {
   X(softmax_forward, SoftmaxForward)        \
   X(softmax_backward, SoftmaxBackward)      \
   X(attention_forward, AttentionForward)    \
-  X(attention_backward, AttentionBackward)
+  X(attention_backward, AttentionBackward)  \
+  X(roofline_fma, RooflineChains)           \
+  X(roofline_bf16_pairs, RooflineChains)    \
+  X(roofline_read, RooflineRead)            \
+  X(roofline_copy, RooflineCopy)
 
 struct Kernels {
 #define LLMCORE_KERNEL_MEMBER(name, arguments) bool (*name)(const arguments&);

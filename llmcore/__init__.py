@@ -2,7 +2,8 @@
 
 from llmcore import ops
 from llmcore.dispatch import backends, explain, use
+from llmcore.ops.linear import PackedWeight, pack
 from llmcore.verify import verify
 
 __version__ = "0.1.0"
-__all__ = ["backends", "explain", "ops", "use", "verify"]
+__all__ = ["PackedWeight", "backends", "explain", "ops", "pack", "use", "verify"]

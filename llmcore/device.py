@@ -1,13 +1,16 @@
 """What this machine is: the one place that asks.
 
-CPU instruction sets are asked once, in csrc/levels.cpp, where the kernels' levels are compiled; this module hands on the
-answer, and knows about GPUs and their compilers.
+CPU instruction sets are asked once, in csrc/levels.cpp, where the kernels' levels are compiled;
+this module hands on the answer, and knows about GPUs and their compilers.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import pathlib
+import platform
 
 import torch
 
@@ -16,7 +19,7 @@ from llmcore import native
 
 @functools.cache
 def cpu_levels() -> dict[str, str]:
-    """Each instruction-set level of the build, worst first, with what this machine lacks for it ("": it runs)."""
+    """Each level of the build, worst first, with what this machine lacks for it ("": it runs)."""
     return {} if native.module is None else dict(native.module.levels())
 
 
@@ -24,6 +27,17 @@ def best_cpu_level() -> str | None:
     """The level that `cpu` stands for here: the best one that runs, None without native kernels."""
     runs = [level for level, lacks in cpu_levels().items() if not lacks]
     return runs[-1] if runs else None
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The CPU's own name, as the system tells it."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 @functools.cache
@@ -36,9 +50,16 @@ def cuda_reason() -> str | None:
     return None
 
 
-@functools.cache
+def triton_is_interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1 makes Triton kernels run on the CPU, in Python."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def triton_reason() -> str | None:
     """Why no Triton kernel can run here, or None. Does not import triton."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    return cuda_reason()
+    if triton_is_interpreted():
+        return None
+    reason = cuda_reason()
+    return reason and f"{reason} (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"

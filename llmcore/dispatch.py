@@ -1,7 +1,8 @@
 """Which implementation of an op runs, and why.
 
-An op's contract (`llmcore/ops/<op>.py`) lists candidates, best first, the plain-PyTorch definition always last. Each
-answers `refuses(*args)` with reasons; the first with none runs, and the choice is remembered by the call's key.
+An op's contract (`llmcore/ops/<op>.py`) lists candidates, best first, the plain-PyTorch definition
+always last. Each answers `refuses(*args)` with reasons; the first with none runs, and the choice is
+remembered by the call's key.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ BACKENDS = ("cuda", "triton", "cpu", *(f"cpu_{level}" for level in native.LEVELS
 """Every name that `use` and LLMCORE_BACKEND take."""
 
 UNFORCED = ("cuda", "triton", "cpu", "reference")
-"""What runs when nothing is forced: single levels of the CPU kernels only run when asked for by name."""
+"""What runs when nothing is forced; single levels of the CPU kernels run by name only."""
 
 forced: str | None = os.environ.get("LLMCORE_BACKEND") or None
-"""The backend that must run, for the whole process; None: the first candidate that does not refuse."""
+"""The backend that must run, process-wide; None: the first candidate that does not refuse."""
 
 REGISTRY: dict[str, Op] = {}
 """Every op by name."""
@@ -43,9 +44,10 @@ def _never(*args: Any) -> list[str]:
 class Candidate:
     """One implementation of an op.
 
-    `machine` says why it cannot run here at all ("" when it can); `refuses` takes the op's own arguments and says why it
-    cannot run this call. `forward`, `backward` and `into` (forward into a given output) have the signatures that the op's
-    contract states; the definition has no `backward`: autograd knows it.
+    `machine` says why it cannot run here at all ("" when it can); `refuses` takes the op's own
+    arguments and says why it cannot run this call. `forward`, `backward` and `into` (forward into a
+    given output) have the signatures that the op's contract states; the definition has no
+    `backward`: autograd knows it.
     """
 
     backend: str
@@ -63,7 +65,7 @@ class Candidate:
 def native_candidates(
     name: str, refuses: Callable[..., list[str]], *, into: bool = True
 ) -> tuple[Candidate, ...]:
-    """The raw ops of `name` as the candidate `cpu` (the best level here) and as one candidate for each level."""
+    """The raw ops of `name` as the candidate `cpu` (the best level here) and one for each level."""
 
     def at(backend: str, machine: str, level: int) -> Candidate:
         return Candidate(
@@ -89,10 +91,39 @@ def native_candidates(
     return tuple(candidates)
 
 
-class Op:
-    """An op's name, its definition, its argument check, sample calls to hold it to, and what can run it.
+def triton_candidate(name: str, refuses: Callable[..., list[str]]) -> Candidate:
+    """The module kernels/<name>.py as a candidate; it is imported at the first call."""
 
-    `absent` holds the contract's sentence for each family of kernels (cpu, triton, cuda) that it does not have.
+    def late(attribute: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            return getattr(importlib.import_module(f"llmcore.kernels.{name}"), attribute)(*args)
+
+        return call
+
+    def refuses_device(*args: Any) -> list[str]:
+        reasons = refuses(*args)
+        on_cpu = any(isinstance(a, torch.Tensor) and a.device.type == "cpu" for a in args)
+        if on_cpu and not (device.triton_is_interpreted() and forced == "triton"):
+            reasons.append("a tensor on cpu: Triton takes them in its interpreter only, if forced")
+        return reasons
+
+    return Candidate(
+        "triton",
+        forward=late("forward"),
+        backward=late("backward"),
+        into=late("into"),
+        machine=device.triton_reason() or "",
+        refuses=refuses_device,
+    )
+
+
+class Op:
+    """An op: its name, definition, argument check, samples to hold it to, and what can run it.
+
+    Definition, check and candidates take the same positional arguments. `arguments` makes them of
+    a call of the public function (promotes, resolves defaults, groups options); without it they are
+    the public function's own. `absent` holds the contract's sentence for each family of kernels
+    (cpu, triton, cuda) that it does not have.
     """
 
     def __init__(
@@ -102,11 +133,13 @@ class Op:
         check: Callable[..., None],
         samples: Callable[..., Any],
         candidates: tuple[Candidate, ...] = (),
+        arguments: Callable[..., tuple[Any, ...]] | None = None,
         **absent: str,
     ) -> None:
         self.name = name
         self.reference = reference
         self.check = check
+        self.arguments = arguments or self._as_given
         self.samples = samples
         self.candidates = (*candidates, Candidate("reference", reference))
         self.absent = absent
@@ -116,16 +149,16 @@ class Op:
     def kernel(self, key: Any, *args: Any) -> Candidate:
         """The candidate that runs this call, its arguments checked.
 
-        `key` holds all of the call that the check and the choice depend on, so that both happen once for each key.
+        `key` holds all of the call that the check and the choice depend on, so that both happen
+        once for each key; None stands for a call that no key describes, which is checked anew.
 
         Raises:
             BackendError: a backend is forced and it refuses; the message has its reasons.
             ValueError: the forced backend's name is unknown.
             TypeError, ValueError: the check's own.
         """
-        if (
-            torch.compiler.is_compiling()
-        ):  # shapes may be symbolic, and a graph must not depend on a cache
+        # In compilation shapes may be symbolic, and a graph must not depend on a cache.
+        if key is None or torch.compiler.is_compiling():
             return self._choose(*args)
         choice = self.chosen.get((forced, key))
         if choice is None:
@@ -151,6 +184,16 @@ class Op:
             )
         return candidate
 
+    def _as_given(self, *args: Any, **options: Any) -> tuple[Any, ...]:
+        """The arguments in the order of the check's signature, defaults filled in."""
+        bound = inspect.signature(self.check).bind(*args, **options)
+        bound.apply_defaults()
+        return (*bound.args, *bound.kwargs.values())
+
+    def define(self, *args: Any, **options: Any) -> Any:
+        """The definition of a call of the public function."""
+        return self.reference(*self.arguments(*args, **options))
+
     @property
     def function(self) -> Callable[..., Any]:
         """The public function."""
@@ -174,7 +217,7 @@ def check_backend(name: object) -> None:
 
 @contextlib.contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Forces one backend inside a `with` block, for the whole process (as torch.backends' flags are).
+    """Forces one backend inside a `with` block, process-wide (as torch.backends' flags are).
 
     A call that the backend refuses raises BackendError with the reasons; nothing falls back.
     """
@@ -188,7 +231,7 @@ def use(backend: str) -> Iterator[None]:
 
 
 class Backends(dict[str, dict[str, str]]):
-    """backends()'s answer: op -> backend -> "" where it runs on this machine, else why not. Prints as a table."""
+    """op -> backend -> "" where it runs on this machine, else why not. Prints as a table."""
 
     def __str__(self) -> str:
         best = device.best_cpu_level()
@@ -245,12 +288,12 @@ class Explanation:
 def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> Explanation:
     """Which candidate would run op(*args, **options), and the reasons of all others.
 
-    `op` is a public function of llmcore.ops or its name. Raises what the call itself would raise for bad arguments.
+    `op` is a public function of llmcore.ops or its name. Raises what the call itself would raise
+    for bad arguments.
     """
     found = find(op)
-    bound = inspect.signature(found.check).bind(*args, **options)
-    bound.apply_defaults()
-    call = bound.args + tuple(bound.kwargs.values())
+    with torch.random.fork_rng(devices=[]):  # a seed for dropout is drawn, and given back
+        call = found.arguments(*args, **options)
     chosen = found._choose(*call)
     reasons = {}
     for backend in BACKENDS:

@@ -1,7 +1,8 @@
 """Loads the built extension and offers its ops as candidates, one for each instruction-set level.
 
-A raw op is `torch.ops.llmcore.<op>_forward` or `_backward`, registered in csrc/register/<op>.cpp over torch's stable ABI.
-Its first argument is the level. Raw ops are private: they know no gradient, the contracts in `llmcore.ops` do.
+A raw op is `torch.ops.llmcore.<op>_forward` or `_backward`, registered in csrc/register/<op>.cpp
+over torch's stable ABI. Its first argument is the level. Raw ops are private: they know no
+gradient, the contracts in `llmcore.ops` do.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _load() -> tuple[ModuleType | None, str]:
     except ModuleNotFoundError:
         return (
             None,
-            "not built: this install has no llmcore/_native (it needs a C++ compiler at install time)",
+            "not built: this install has no llmcore/_native (it takes a C++ compiler to install)",
         )
     except ImportError as error:
         return None, f"not built for this torch: {error}"
@@ -38,7 +39,7 @@ module, why_not = _load()
 
 
 def op(name: str) -> Callable[..., Any]:
-    """The raw op torch.ops.llmcore.<name>; calling it without the extension raises with the reason."""
+    """The raw op torch.ops.llmcore.<name>; without the extension a call raises with the reason."""
     if module is None:
 
         def missing(*args: object) -> Any:
@@ -49,7 +50,7 @@ def op(name: str) -> Callable[..., Any]:
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers the decorated function as the shapes-only version of a raw op (for torch.compile and export)."""
+    """Registers a function as the shapes-only version of a raw op (for torch.compile, export)."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         if module is not None:

@@ -1,7 +1,7 @@
 """The yardstick: every candidate of every op against its definition in float64.
 
-The rule is measured, not guessed (after FlashAttention's tests): with `gold` the definition in float64 and `plain` the
-definition in the working dtype, a kernel passes when
+The rule is measured, not guessed (after FlashAttention's tests): with `gold` the definition in
+float64 and `plain` the definition in the working dtype, a kernel passes when
 
     max|kernel - gold| <= factor * max|plain - gold| + 2 * eps(dtype) * max|gold|
 
@@ -10,8 +10,10 @@ with factor 2 for results and 3 for gradients. Values that are not finite must b
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +46,7 @@ def judge(got: torch.Tensor, gold: torch.Tensor, plain: torch.Tensor, factor: fl
         return Verdict(0.0, 0.0)
     finite = gold.isfinite()
     wide = got.double()
-    if not torch.equal(wide[~finite].nan_to_num(3.0), gold[~finite].nan_to_num(3.0)):
+    if not (finite | (wide == gold) | (wide.isnan() & gold.isnan())).all():
         return Verdict(float("inf"), 0.0)
     error = (
         (wide - gold)[finite].abs().nan_to_num(float("inf")).amax().item() if finite.any() else 0.0
@@ -56,17 +58,67 @@ def judge(got: torch.Tensor, gold: torch.Tensor, plain: torch.Tensor, factor: fl
     return Verdict(error, factor * loss + 2 * torch.finfo(plain.dtype).eps * scale)
 
 
-def _leaves(values: list[Any]) -> list[torch.Tensor]:
-    return [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()]
+def differentiable(
+    op: Op, backend: str, sample: Sample, dtype: torch.dtype, device: str = "cpu"
+) -> set[int | str]:
+    """The floating inputs of a sample for which the backend has a gradient, by position or name.
+
+    Raises:
+        BackendError: the backend refuses the call even without any.
+    """
+
+    def reasons(names: set[int | str]) -> list[str]:
+        args, options = sample.cast(dtype, device)
+        for name, tensor in _floating(args, options).items():
+            tensor.requires_grad_(name in names)
+        candidate = op.candidate(backend)
+        if candidate is None:
+            return [op.why_absent(backend)]
+        return candidate.reasons(*op.arguments(*args, **options))
+
+    with dispatch.use(backend), _seeded(0):
+        every = set(_floating(*sample.cast(dtype, device)))
+        if not reasons(every):
+            return every
+        if refusals := reasons(set()):
+            raise dispatch.BackendError(f"{op.name}: {backend} cannot run: {'; '.join(refusals)}")
+        return {name for name in every if not reasons({name})}
+
+
+def _floating(args: list[Any], options: dict[str, Any]) -> dict[int | str, torch.Tensor]:
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *options.items()]
+    return {
+        name: value
+        for name, value in named
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """torch's default generator starts from `seed`, so that dropout draws the same for everyone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def run(
-    function: Any, sample: Sample, dtype: torch.dtype, device: str, seed: int
-) -> tuple[list[Any], list[Any]]:
-    """Outputs, and the gradients of every floating input under a random cotangent, of function on a sample."""
+    function: Any,
+    sample: Sample,
+    dtype: torch.dtype,
+    device: str,
+    seed: int,
+    wanted: Set[int | str] | None = None,
+) -> tuple[list[Any], dict[int | str, torch.Tensor]]:
+    """function's outputs on a sample, and gradients of its inputs for a random cotangent.
+
+    Gradients are of the inputs in `wanted` (None: of every floating one), by position or name.
+    """
     args, options = sample.cast(dtype, device)
-    leaves = [t.requires_grad_() for t in _leaves([*args, *options.values()])]
-    result = function(*args, **options)
+    floating = _floating(args, options)
+    leaves = {n: t.requires_grad_() for n, t in floating.items() if wanted is None or n in wanted}
+    with _seeded(seed):
+        result = function(*args, **options)
     outputs = list(result) if isinstance(result, tuple) else [result]
     draw = Draw(seed)
     pairs = [
@@ -74,40 +126,56 @@ def run(
         for o in outputs
         if o.requires_grad
     ]
-    if not pairs or not leaves:
-        return [o.detach() for o in outputs], []
+    if not pairs:
+        return [o.detach() for o in outputs], {}
     grads = torch.autograd.grad(
-        [o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True
+        [o for o, _ in pairs], list(leaves.values()), [g for _, g in pairs], allow_unused=True
     )
-    return [o.detach() for o in outputs], [
-        torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)
-    ]
+    return [o.detach() for o in outputs], {
+        name: torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
+    }
+
+
+def _seed_of(sample: Sample) -> int:
+    return zlib.crc32(sample.name.encode())
+
+
+@functools.lru_cache(maxsize=512)  # an op's samples in every dtype: the same for all its backends
+def _expected(
+    op: Op, sample: Sample, dtype: torch.dtype, device: str, wanted: frozenset[int | str]
+) -> tuple[Any, Any]:
+    """The definition's outputs and gradients, in `dtype` and in float64."""
+    plain = run(op.define, sample, dtype, device, _seed_of(sample), wanted)
+    # The same rounded inputs, widened: rounding them is not the kernel's error.
+    args, options = sample.cast(dtype, device)
+    exact = Sample(sample.name, tuple(args), options)
+    return plain, run(op.define, exact, torch.float64, device, _seed_of(sample), wanted)
 
 
 def verify_sample(
     op: Op, sample: Sample, dtype: torch.dtype, backend: str, device: str = "cpu"
 ) -> dict[str, Verdict]:
-    """One verdict for each output ("y0", ...) and each gradient ("d0", ...) of a backend on a sample.
+    """A verdict for each output ("y0", ...) and gradient ("d0", ...) of a backend on a sample.
+
+    Gradients carry the position or name of their input; those that the backend does not have are
+    left out.
 
     Raises:
         BackendError: the backend refuses the call.
     """
-    seed = zlib.crc32(sample.name.encode())
-    plain, dplain = run(op.reference, sample, dtype, device, seed)
-    # The same rounded inputs, widened: rounding them is not the kernel's error.
-    args, options = sample.cast(dtype, device)
-    gold, dgold = run(
-        op.reference, Sample(sample.name, tuple(args), options), torch.float64, device, seed
-    )
+    wanted = differentiable(op, backend, sample, dtype, device)
+    (plain, dplain), (gold, dgold) = _expected(op, sample, dtype, device, frozenset(wanted))
     with dispatch.use(backend):
-        got, dgot = run(op.function, sample, dtype, device, seed)
+        got, dgot = run(op.function, sample, dtype, device, _seed_of(sample), wanted)
     verdicts = {
         f"y{i}": judge(*t, FORWARD_FACTOR) for i, t in enumerate(zip(got, gold, plain, strict=True))
     }
     verdicts |= {
-        f"d{i}": judge(*t, BACKWARD_FACTOR)
-        for i, t in enumerate(zip(dgot, dgold, dplain, strict=True))
+        f"d{name}": judge(grad, dgold[name], dplain[name], BACKWARD_FACTOR)
+        for name, grad in dgot.items()
     }
+    assert dgot.keys() == dgold.keys()
     return verdicts
 
 
@@ -149,15 +217,17 @@ class Report(list[Line]):
         )
 
 
-def verify_backend(op: Op, backend: str, dtype: torch.dtype, seed: int, device: str) -> Line:
-    """Every sample of an op on one backend and dtype."""
+def verify_backend(
+    op: Op, backend: str, dtype: torch.dtype, samples: Sequence[Sample], device: str = "cpu"
+) -> Line:
+    """An op's samples on one backend and dtype."""
     name = str(dtype).removeprefix("torch.")
     candidate = op.candidate(backend)
     why = op.why_absent(backend) if candidate is None else candidate.machine
     if why:
         return Line(op.name, backend, name, 0, 0.0, (), why)
     count, worst, failures, refusals = 0, 0.0, [], []
-    for sample in op.samples(Draw(seed)):
+    for sample in samples:
         try:
             verdicts = verify_sample(op, sample, dtype, backend, device)
         except dispatch.BackendError as error:
@@ -174,13 +244,15 @@ def verify_backend(op: Op, backend: str, dtype: torch.dtype, seed: int, device: 
 def lines(seed: int, device: str) -> Iterator[Line]:
     """verify() line by line."""
     for op in dispatch.REGISTRY.values():
+        samples = list(op.samples(Draw(seed)))
         for backend in dispatch.BACKENDS:
             for dtype in native.DTYPES:
-                yield verify_backend(op, backend, dtype, seed, device)
+                yield verify_backend(op, backend, dtype, samples, device)
+        _expected.cache_clear()
 
 
 def verify(*, seed: int = 0, device: str = "cpu", progress: bool = False) -> Report:
-    """Holds every op on this machine to its definition in float64: all backends, dtypes, results and gradients.
+    """Holds every op here to its definition in float64: all backends, dtypes, results, gradients.
 
     `seed` draws the random shapes and values; `progress` prints each line as it comes.
     """

@@ -257,8 +257,8 @@ class Forward {
       const float sum = state.sum[r], scale = sum == 0.0f ? 0.0f : 1.0f / sum;
       T* out = row_at(static_cast<T*>(a_.out), a_.out_strides, t.sequence.batch, row.h, row.t);
       map_row(out, p_.Dv, [=](vec v) { return v * scale; }, state.values + r * width);
-      const float lse = sum == 0.0f ? -INFINITY : state.highest[r] / LOG2E + std::log(sum);
-      a_.lse[(t.sequence.batch * p_.H + row.h) * p_.T + row.t] = lse;
+      const double lse = state.highest[r] / LOG2E_EXACT + std::log(double(sum));
+      a_.lse[(t.sequence.batch * p_.H + row.h) * p_.T + row.t] = sum == 0.0f ? -INFINITY : float(lse);
     }
   }
 

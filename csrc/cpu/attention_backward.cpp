@@ -85,7 +85,7 @@ class Backward {
   void load_rows(const Sequence& s, int64_t g, Workspace& w) {
     w.queries_are_finite = true;
     for (int64_t h = g * group_; h < (g + 1) * group_; ++h) {
-      float dsink = 0.0f;
+      double dsink = 0.0;
       for (int64_t t = 0; t < p_.T; ++t) {
         const int64_t r = (h - g * group_) * p_.T + t, at = (s.batch * p_.H + h) * p_.T + t;
         const T* out = row_at(static_cast<const T*>(a_.out), a_.out_strides, s.batch, h, t);
@@ -94,9 +94,9 @@ class Backward {
         copy_rows(row_at(static_cast<const T*>(a_.dout), a_.dout_strides, s.batch, h, t), 0, 1, p_.Dv, 1.0f,
                   w.douts + r * wide_v_);
         w.deltas[r] = row_dot(w.douts + r * wide_v_, out) - (a_.dlse == nullptr ? 0.0f : a_.dlse[at]);
-        if (a_.dsinks != nullptr) dsink -= exp2(broadcast((p_.sinks[h] - a_.lse[at]) * LOG2E))[0] * w.deltas[r];
+        if (a_.dsinks != nullptr) dsink -= std::exp(double(p_.sinks[h]) - double(a_.lse[at])) * w.deltas[r];
       }
-      if (a_.dsinks != nullptr) a_.dsinks[s.batch * p_.H + h] = dsink;
+      if (a_.dsinks != nullptr) a_.dsinks[s.batch * p_.H + h] = float(dsink);
     }
   }
 
@@ -201,9 +201,12 @@ class Backward {
       map_row(capped, count, [](vec v) { return tanh(v); }, scores);
     }
     finish_scores(s, row, first, scores, count);
-    // A row that sees nothing has lse -inf; its probabilities are 0, not exp(-inf + inf).
-    const float total = lse == -INFINITY ? 0.0f : lse * LOG2E;
-    map_row(scores, count, [=](vec v) { return exp2(v - total); }, scores);
+    // exp(score - lse) as 2^(score - shift) * 2^(shift - lse), the latter exact: a difference of the two would be
+    // rounded at the size of lse. A row that sees nothing has lse -inf and probabilities 0, not exp(-inf + inf).
+    const double total = lse == -INFINITY ? 0.0 : double(lse) * LOG2E_EXACT;
+    const float shift = std::fabs(total) < 60.0 ? 0.0f : float(std::rint(total));
+    const float scale = float(std::exp2(double(shift) - total));
+    map_row(scores, count, [=](vec v) { return exp2(v - shift) * scale; }, scores);
     if (p_.dropout_threshold == 0) {
       // 0 * (inf or NaN) must not reach dq: what a row may not see has no gradient.
       map_row(dscores, count, [=](vec e, vec d) { return e == 0.0f ? vec{} : e * (d - delta); }, scores, dscores);

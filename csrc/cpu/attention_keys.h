@@ -17,7 +17,8 @@ constexpr int64_t PANEL = TILE_VECS * LANES;  // keys side by side in packed K
 static_assert(KEY_BLOCK % PANEL == 0);
 
 // Scores are kept in units of log 2, so that exp is 2^x: the factor goes into the queries, for free.
-constexpr float LOG2E = 1.44269504f;
+constexpr double LOG2E_EXACT = 1.4426950408889634;
+constexpr float LOG2E = float(LOG2E_EXACT);
 
 INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 INLINE int64_t padded(int64_t width) { return round_up(width, LANES); }

@@ -101,7 +101,8 @@ AttentionProblem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, c
 
 // (B, heads, positions, width) in memory order (B, positions, heads, width), which models turn into (B, T, C) for free.
 Tensor fresh_heads(const Tensor& like, int64_t heads, int64_t positions, int64_t width) {
-  return torch::stable::transpose(torch::stable::new_empty(like, {like.size(0), positions, heads, width}), 1, 2);
+  return fresh({like.size(0), heads, positions, width}, {positions * heads * width, width, heads * width, 1},
+               like.scalar_type());
 }
 
 std::tuple<Tensor, Tensor> attention_forward(int64_t level, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -117,7 +118,7 @@ std::tuple<Tensor, Tensor> attention_forward(int64_t level, const Tensor& q, con
                           window_right, scale, softcap, dropout_p});
   const AttentionProblem& p = a.problem;
   const Tensor out = fresh_heads(q, p.H, p.T, p.Dv);
-  const Tensor lse = torch::stable::new_empty(q, {p.B, p.H, p.T}, ScalarType::Float);
+  const Tensor lse = fresh({p.B, p.H, p.T}, {p.H * p.T, p.T, 1}, ScalarType::Float);
   a.out = out.mutable_data_ptr();
   set_strides(a.out_strides, out);
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
@@ -153,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   const Tensor dq = fresh_heads(q, p.H, p.T, p.D), dk = fresh_heads(k, p.G, p.S, p.D);
   const Tensor dv = fresh_heads(v, p.G, p.S, p.Dv);
   const bool has_sinks = sinks.has_value();
-  const Tensor dsinks = torch::stable::new_empty(q, {has_sinks ? p.B : 0, p.H}, ScalarType::Float);
+  const Tensor dsinks = fresh({has_sinks ? p.B : 0, p.H}, {p.H, 1}, ScalarType::Float);
   a.out = result.const_data_ptr(), a.dout = gradient.const_data_ptr();
   a.lse = static_cast<const float*>(lse.const_data_ptr()), a.dlse = floats_at(lse_gradient, "dlse");
   a.dq = dq.mutable_data_ptr(), a.dk = dk.mutable_data_ptr(), a.dv = dv.mutable_data_ptr();

@@ -17,7 +17,7 @@ void layer_norm_forward_out(int64_t level, const Tensor& x, const OptionalTensor
 Tensor layer_norm_forward(int64_t level, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                           double eps) {
   const Tensor input = as_contiguous(x);
-  const Tensor out = torch::stable::empty_like(input);
+  const Tensor out = fresh_like(input);
   layer_norm_forward_out(level, input, weight, bias, eps, out);
   return out;
 }
@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(int64_t level, const Tens
   const Parameter w(weight, width, "weight");
   check_same(gradient, input, "dy", "x");
   const Tensor dx = fresh_like(input, need_dx);
-  const Tensor dweight = float_vector(input, need_dweight, width), dbias = float_vector(input, need_dbias, width);
+  const Tensor dweight = float_vector(need_dweight, width), dbias = float_vector(need_dbias, width);
   check_scratch(kernels_of(level).layer_norm_backward({gradient.const_data_ptr(), input.const_data_ptr(), w.data,
                                                        need_dx ? dx.mutable_data_ptr() : nullptr,
                                                        floats_of(dweight, need_dweight), floats_of(dbias, need_dbias),

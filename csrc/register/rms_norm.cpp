@@ -14,7 +14,7 @@ void rms_norm_forward_out(int64_t level, const Tensor& x, const OptionalTensor& 
 
 Tensor rms_norm_forward(int64_t level, const Tensor& x, const OptionalTensor& weight, double eps) {
   const Tensor input = as_contiguous(x);
-  const Tensor out = torch::stable::empty_like(input);
+  const Tensor out = fresh_like(input);
   rms_norm_forward_out(level, input, weight, eps, out);
   return out;
 }
@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(int64_t level, const Tensor& dy, co
   const Parameter w(weight, width, "weight");
   check_same(gradient, input, "dy", "x");
   const Tensor dx = fresh_like(input, need_dx);
-  const Tensor dweight = float_vector(input, need_dweight, width);
+  const Tensor dweight = float_vector(need_dweight, width);
   check_scratch(kernels_of(level).rms_norm_backward(
       {gradient.const_data_ptr(), input.const_data_ptr(), w.data, need_dx ? dx.mutable_data_ptr() : nullptr,
        floats_of(dweight, need_dweight), rows, width, float(eps), dtype_of(input, "x"), w.dtype}));

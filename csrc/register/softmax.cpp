@@ -13,7 +13,7 @@ void softmax_forward_out(int64_t level, const Tensor& x, const Tensor& out) {
 
 Tensor softmax_forward(int64_t level, const Tensor& x) {
   const Tensor input = as_contiguous(x);
-  const Tensor out = torch::stable::empty_like(input);
+  const Tensor out = fresh_like(input);
   softmax_forward_out(level, input, out);
   return out;
 }
@@ -22,7 +22,7 @@ Tensor softmax_backward(int64_t level, const Tensor& dy, const Tensor& y) {
   const Tensor gradient = as_contiguous(dy), result = as_contiguous(y);
   const auto [rows, width] = rows_of(result, "y");
   check_same(gradient, result, "dy", "y");
-  const Tensor dx = torch::stable::empty_like(result);
+  const Tensor dx = fresh_like(result);
   check_scratch(kernels_of(level).softmax_backward(
       {gradient.const_data_ptr(), result.const_data_ptr(), dx.mutable_data_ptr(), rows, width, dtype_of(result, "y")}));
   return dx;

@@ -1,13 +1,17 @@
-"""What every contract shares: checks that name the argument, float promotion, and gradients through the definition."""
+"""What contracts share: checks that name the argument, promotion, gradients of the definition."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from llmcore.dispatch import Candidate
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -15,6 +19,15 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def widen(x: torch.Tensor) -> torch.Tensor:
     """x in at least float32: half types are promoted, float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def promote(x: Any, y: Any) -> tuple[Any, Any]:
+    """Both in the dtype that x + y has; as they are where the check has something to say."""
+    dtypes = [t.dtype for t in (x, y) if isinstance(t, torch.Tensor) and t.dtype in FLOATS]
+    if len(dtypes) < 2 or dtypes[0] == dtypes[1]:
+        return x, y
+    dtype = torch.promote_types(*dtypes)
+    return x.to(dtype), y.to(dtype)
 
 
 def check_floating(**tensors: torch.Tensor | None) -> None:
@@ -44,7 +57,7 @@ def check_floating(**tensors: torch.Tensor | None) -> None:
 def check_dtype(
     like: torch.Tensor, like_name: str, *, or_float32: bool = False, **tensors: torch.Tensor | None
 ) -> None:
-    """Each given tensor must have `like`'s dtype (or float32 where that is allowed), else TypeError."""
+    """Each given tensor must have `like`'s dtype (or float32 where allowed), else TypeError."""
     for name, tensor in tensors.items():
         if (
             tensor is None
@@ -65,6 +78,71 @@ def check_shape(expected: Sequence[int], why: str, **tensors: torch.Tensor | Non
             raise ValueError(
                 f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(expected)}, {why}"
             )
+
+
+def check_integers(
+    like: torch.Tensor, like_name: str, shape: Sequence[int], why: str, **tensors: Any
+) -> None:
+    """Each given tensor must be int32 or int64, of this shape, on `like`'s device."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}: got {tensor.dtype}, expected int32 or int64")
+        check_shape(shape, why, **{name: tensor})
+        check_device(like, like_name, **{name: tensor})
+
+
+def check_device(like: torch.Tensor, like_name: str, **tensors: torch.Tensor | None) -> None:
+    """Each given tensor must be on `like`'s device, else ValueError."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != like.device:
+            raise ValueError(
+                f"{name}: on {tensor.device}, expected {like.device}, where {like_name} is"
+            )
+
+
+def check_mask(mask: Any, shape: Sequence[int], like: torch.Tensor, like_name: str) -> None:
+    """`mask` must be bool, float32 or of `like`'s dtype and broadcast to `shape`; None is fine.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another device, or a shape that does not broadcast.
+    """
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
+    if mask.dtype not in (torch.bool, torch.float32, like.dtype):
+        raise TypeError(
+            f"mask: got {mask.dtype}, expected torch.bool, torch.float32 or {like.dtype}, "
+            f"the dtype of {like_name}"
+        )
+    check_device(like, like_name, mask=mask)
+    fits = mask.ndim <= len(shape) and all(
+        mine in (1, full) for mine, full in zip(reversed(mask.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"mask: got shape {tuple(mask.shape)}, expected one that broadcasts to {tuple(shape)}"
+        )
+
+
+def check_number(low: float, high: float, **numbers: Any) -> None:
+    """Each must be a number in [low, high]; TypeError for what is no number, else ValueError."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, float | int):
+            raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
+        if not low <= number <= high:  # so that NaN fails too
+            raise ValueError(f"{name}: got {number}, expected a number in [{low}, {high}]")
+
+
+def check_choice(name: str, got: object, choices: Sequence[object]) -> None:
+    """`got` must be one of `choices`, else ValueError."""
+    if got not in choices:
+        raise ValueError(f"{name}: got {got!r}, expected one of {', '.join(map(repr, choices))}")
 
 
 def check_rows(x: torch.Tensor, name: str = "x") -> None:
@@ -90,21 +168,37 @@ def check_out(
         raise ValueError(f"out: got strides {tuple(out.stride())}, expected a contiguous tensor")
     if wants_gradient(out, *inputs):
         raise RuntimeError(
-            "out: has no gradient, but an input requires one; call under torch.no_grad() or without out"
+            "out: has no gradient, but an input requires one; call without it or in torch.no_grad()"
         )
+
+
+def check_out_pair(
+    out: Sequence[torch.Tensor],
+    shape: Sequence[int],
+    like: torch.Tensor,
+    *inputs: torch.Tensor | None,
+) -> None:
+    """check_out for an op with two results, which must not share memory."""
+    if not isinstance(out, tuple | list) or len(out) != 2:
+        raise TypeError(f"out: expected a pair of tensors, got {type(out).__name__}")
+    for tensor in out:
+        check_out(tensor, shape, like, *inputs)
+    if out[0] is out[1]:
+        raise ValueError("out: got one tensor twice, expected two")
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd must record this call."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors)
 
 
 def gradients(
     reference: Callable[..., Any], tensors: Sequence[torch.Tensor | None], gradient: Any
 ) -> list[torch.Tensor | None]:
-    """Gradients of the definition with respect to each tensor that requires one; differentiable in turn.
+    """Gradients of the definition for each tensor that requires one; differentiable in turn.
 
-    Kernels' backward passes hand over to it when a gradient of the gradient is wanted (create_graph=True).
+    Kernels' backward passes hand over to it when a gradient of the gradient is wanted
+    (create_graph=True).
     """
     with torch.enable_grad():
         wanted = [t for t in tensors if t is not None and t.requires_grad]
@@ -117,19 +211,98 @@ def gradients(
 
 
 def into(out: torch.Tensor, kernel: Candidate, *args: Any) -> torch.Tensor:
-    """The result of kernel.forward(*args) written into `out`, without a fresh tensor where the kernel can."""
+    """kernel.forward(*args) written into `out`, without a fresh tensor where the kernel can."""
     if kernel.into is None:
         return out.copy_(kernel.forward(*args))
     kernel.into(*args, out)
     return out
 
 
+def into_pair(
+    out: tuple[torch.Tensor, torch.Tensor], kernel: Candidate, *args: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for a kernel with two results; its `into` takes both behind the arguments."""
+    if kernel.into is None:
+        for tensor, result in zip(out, kernel.forward(*args), strict=True):
+            tensor.copy_(result)
+    else:
+        kernel.into(*args, *out)
+    return out
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors as torch's own matrix products take them: inside torch.autocast in its dtype.
+
+    As there, float64 and integers stay, and so does what is no tensor.
+    """
+    first = next((t for t in tensors if isinstance(t, torch.Tensor)), None)
+    if first is None or not torch._C._is_any_autocast_enabled():
+        return tensors
+    kind = first.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in FLOATS[:3] else t for t in tensors
+    )
+
+
+def without_autocast(definition: Callable[P, R]) -> Callable[P, R]:
+    """A definition whose own products stay in the dtype that it says, inside torch.autocast too.
+
+    (Its arguments are as `autocast` makes them; the first is a tensor.)
+    """
+
+    @functools.wraps(definition)
+    def defined(*args: P.args, **options: P.kwargs) -> R:
+        first = args[0]
+        assert isinstance(first, torch.Tensor)
+        if not torch._C._is_any_autocast_enabled() or first.device.type == "meta":
+            return definition(*args, **options)
+        with torch.autocast(first.device.type, enabled=False):
+            return definition(*args, **options)
+
+    return defined
+
+
+def is_known(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's values can be asked for free.
+
+    Not on an accelerator (asking would wait for it), in compilation, or where the tensor has no
+    values of its own (fake, meta, torch.func).
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) is torch.Tensor
+        and tensor.device.type == "cpu"
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def tensor_key(tensor: torch.Tensor | None) -> Any:
+    """What checks and choices may depend on in a tensor."""
+    if tensor is None:
+        return None
+    return (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+
+
+def call_key(tensors: Sequence[Any], *rest: Any) -> Any:
+    """The key of a call: its tensors' shapes, dtypes, devices, and `rest`; None when that fails."""
+    try:
+        key = (*map(tensor_key, tensors), *rest)
+        hash(key)
+    except (AttributeError, TypeError):
+        return None
+    return key
+
+
 def row_key(x: torch.Tensor, *parameters: torch.Tensor | None) -> Any:
-    """What the checks and choices of a row-wise op depend on; None when x or a parameter is no tensor with an axis."""
+    """What checks and choices of a row-wise op depend on; None where there is no tensor or axis."""
     try:
         return (
             x.dtype,
             x.device,
+            x.layout,
             x.shape[-1],
             *[p if p is None else (p.shape, p.dtype, p.device) for p in parameters],
         )
@@ -140,8 +313,8 @@ def row_key(x: torch.Tensor, *parameters: torch.Tensor | None) -> Any:
 class KernelFunction(torch.autograd.Function):
     """Base of the contracts' gradients. `record(*args)` is `apply` without its cost.
 
-    torch's apply binds the arguments to forward's signature at every call (22 of 30 microseconds on a tiny tensor);
-    outside of functorch transforms and compilation nothing needs that.
+    torch's apply binds the arguments to forward's signature at every call (22 of 30 microseconds on
+    a tiny tensor); outside of functorch transforms and compilation nothing needs that.
     """
 
     generate_vmap_rule = True
@@ -150,4 +323,5 @@ class KernelFunction(torch.autograd.Function):
     def record(cls, *args: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return cls.apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)
+        base: Any = super(torch.autograd.Function, cls)  # in C, unknown to type checkers
+        return base.apply(*args)

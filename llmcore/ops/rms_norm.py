@@ -4,13 +4,16 @@ Tensors:
     x       (..., C)  float32, bfloat16, float16 or float64, any strides
     weight  (C)       x's dtype or float32; None stands for ones
     y       (..., C)  x's dtype
-Float32: the mean, the root and the products; rounded once, into y. dweight is summed over rows in float32.
-Edge cases: no rows gives no rows; a NaN or inf spreads over its row as in torch; a row of zeros gives zeros.
+Float32: the mean, the root and the products; rounded once, into y. dweight is summed over rows in
+float32.
+Edge cases: no rows gives no rows; a NaN or inf spreads over its row as in torch; a row of zeros
+gives zeros.
 Errors: TypeError for a dtype, ValueError for a shape or a device; both name the argument.
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, equation 4.
 
 Kernels: forward(x, weight, eps) -> y; into the same with `out` behind;
-backward(dy, x, weight, eps, need_dx, need_dweight) -> dx, dweight (C, float32); what is not needed is empty.
+backward(dy, x, weight, eps, need_dx, need_dweight) -> dx, dweight (C, float32); what is not needed
+is empty.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import Any
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore.dispatch import Candidate, Op, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -47,6 +50,14 @@ def check(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6
 
 def refuses(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> list[str]:
     return native.refuses_tensors(x, weight)
+
+
+def refuses_triton(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> list[str]:
+    if x.dtype == torch.float64:
+        return ["torch.float64: this kernel computes in float32"]
+    if x.shape[-1] > 65536:
+        return [f"width {x.shape[-1]}: this kernel holds a row of at most 65536 in registers"]
+    return []
 
 
 @native.fake("rms_norm_forward")
@@ -77,7 +88,7 @@ def _(
 
 def samples(draw: Draw) -> Iterator[Sample]:
     rows, width = draw.size(1, 70), draw.size(1, 700)
-    for shape in ((rows, width), (2, 3, 341), (1, 1), (0, 8), (5, 768)):
+    for shape in ((rows, width), (2, 3, 341), (1, 1), (9, 7), (4, 19), (0, 8), (5, 768)):
         yield Sample("x".join(map(str, shape)), (draw.normal(*shape), draw.normal(shape[-1]), 1e-6))
     yield Sample("no_weight", (draw.normal(7, 33), None, 1e-5))
     yield Sample("strided", (draw.normal(16, 9).T, draw.normal(16), 1e-6))
@@ -89,8 +100,7 @@ OP = Op(
     reference,
     check,
     samples,
-    native_candidates("rms_norm", refuses),
-    triton="no Triton kernel yet",
+    (triton_candidate("rms_norm", refuses_triton), *native_candidates("rms_norm", refuses)),
     cuda="no CUDA kernel yet",
 )
 
@@ -137,8 +147,8 @@ def rms_norm(
 ) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32.
 
-    x (..., C); weight (C), x's dtype or float32, or None. The result has x's shape and dtype. `out`, contiguous, takes it
-    instead of a fresh tensor; no gradient goes through it.
+    x (..., C); weight (C), x's dtype or float32, or None. The result has x's shape and dtype.
+    `out`, contiguous, takes it instead of a fresh tensor; no gradient goes through it.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
     """One call of an op: `args` and `options` as the public function takes them.
 
-    Floating tensors are float32 here; whoever runs the sample casts them to the dtype under test. A tensor held under a
-    name in `keep` stays float32 (statistics, slopes), counted by position in args or by name in options.
+    Floating tensors are float32 here; whoever runs the sample casts them to the dtype under test. A
+    tensor held under a name in `keep` stays float32 (statistics, slopes), counted by position in
+    args or by name in options.
     """
 
     name: str
@@ -28,10 +29,10 @@ class Sample:
 
         def to(where: int | str, value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
-                return value
+                return value.to(device) if hasattr(value, "to") else value  # a PackedWeight
             if not value.is_floating_point() or (where in self.keep and dtype != torch.float64):
-                return value.to(device)
-            return value.to(device, dtype)
+                return value.detach().to(device)
+            return value.detach().to(device, dtype)  # its own tensor, though not its own memory
 
         return [to(i, a) for i, a in enumerate(self.args)], {
             k: to(k, v) for k, v in self.options.items()
@@ -46,7 +47,7 @@ class Draw:
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Standard normal float32 values."""
-        return torch.randn(*shape, generator=self.generator)
+        return torch.randn(shape, generator=self.generator)
 
     def integers(self, low: int, high: int, *shape: int) -> torch.Tensor:
         """Integers in [low, high)."""
@@ -54,7 +55,7 @@ class Draw:
 
     def chance(self, p: float, *shape: int) -> torch.Tensor:
         """Booleans, True with probability p."""
-        return torch.rand(*shape, generator=self.generator) < p
+        return torch.rand(shape, generator=self.generator) < p
 
     def size(self, low: int, high: int) -> int:
         """One integer in [low, high]."""

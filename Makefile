@@ -1,0 +1,52 @@
+# `make demo` and `make test` do all set-up themselves, in a virtual environment of their own.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+
+BIN = $(VENV)/bin
+SOURCES = $(shell find csrc kernels llmcore -name '*.cpp' -o -name '*.h' -o -name '*.py')
+PACKAGING = pyproject.toml setup.py Makefile scripts/install_torch.py
+
+.PHONY: demo test test-all bench check format build clean
+
+demo: $(VENV)/installed
+	$(BIN)/llmcore demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/installed
+	$(BIN)/python -m pytest -m ''
+
+bench: $(VENV)/installed
+	$(BIN)/llmcore bench
+
+# Formatting, lint, types.
+check: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.cpp' -o -name '*.h')
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $$(find csrc tests -name '*.cpp' -o -name '*.h')
+
+build: $(VENV)/installed
+
+# The package in editable mode, its native kernels built in place. Ninja rebuilds what changed.
+$(VENV)/installed: $(VENV)/torch $(PACKAGING) $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[demo,bench,test]'
+	touch $@
+
+$(VENV)/torch: scripts/install_torch.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python scripts/install_torch.py '$(TORCH)'
+	$(BIN)/python -m pip install --quiet 'setuptools>=77' 'pybind11>=3.0' 'ninja>=1.11'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info llmcore/_native*.so

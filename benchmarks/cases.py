@@ -1,0 +1,123 @@
+"""What is timed: a bench for each op, its peers, and the cases (shape, dtype, mode) that it has."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import llmcore.benchmarks
+from llmcore.ops.sample import Draw, Sample
+
+from .shapes import BACKWARD, FORWARD, MODES, Shape
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call needs at least: bytes moved, each tensor once, and floating-point operations.
+
+    `bound` is what limits it: "copy", "read" (bytes) or "fma" (operations).
+    """
+
+    bytes: int
+    flops: int
+    bound: str
+
+    @property
+    def amount(self) -> int:
+        """In the unit of the bound."""
+        return self.flops if self.bound == "fma" else self.bytes
+
+    @property
+    def unit(self) -> str:
+        return "GFLOP/s" if self.bound == "fma" else "GB/s"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A call that one has without llmcore; it takes the arguments of llmcore's function.
+
+    `into` takes `out=` besides; without it the peer makes a fresh result in that mode too, and the
+    table says so. `is_compiled`: by torch.compile, which takes seconds at the first call; in quick
+    runs it is in fewer modes.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    into: Callable[..., Any] | None = None
+    modes: tuple[str, ...] = MODES
+    quick_modes: tuple[str, ...] = MODES
+    is_compiled: bool = False
+
+
+def compiled(name: str, function: Callable[..., Any]) -> Peer:
+    """`function` by torch.compile (inductor); the graph itself writes into `out`."""
+
+    def into(*args: Any, out: torch.Tensor, **options: Any) -> torch.Tensor:
+        return out.copy_(function(*args, **options))
+
+    make = functools.partial(torch.compile, dynamic=False)
+    quick = (FORWARD, BACKWARD)
+    return Peer(f"compiled {name}", make(function), make(into), quick_modes=quick, is_compiled=True)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """An op's benchmark.
+
+    `sample` draws the op's arguments for a shape; `work` says what a call needs, given the bytes of
+    an element and the mode; `peers` are made anew for each case; `tiny` is the shape for the cost
+    of a call.
+    """
+
+    op: str
+    shapes: tuple[Shape, ...]
+    tiny: Shape
+    sample: Callable[[Any, Draw], Sample]
+    work: Callable[[Any, int, str], Work]
+    peers: Callable[[Any], list[Peer]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of a bench in one dtype and mode."""
+
+    bench: Bench
+    shape: Shape
+    dtype: str
+    mode: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.bench.op} {self.shape.label} {self.dtype} {self.mode}"
+
+    @property
+    def work(self) -> Work:
+        return self.bench.work(self.shape, DTYPES[self.dtype].itemsize, self.mode)
+
+
+def cases(bench: Bench, dtypes: tuple[str, ...], quick: bool) -> Iterator[Case]:
+    """Every case of a bench, or those of its quick shapes."""
+    for shape in bench.shapes:
+        if quick and not shape.quick:
+            continue
+        for dtype in dtypes:
+            for mode in shape.modes:
+                yield Case(bench, shape, dtype, mode)
+
+
+def benches() -> dict[str, Bench]:
+    """Every bench by its op, found by the names of the files."""
+    found = {}
+    for module in pkgutil.iter_modules(llmcore.benchmarks.__path__):
+        if module.name.startswith("bench_"):
+            bench = importlib.import_module(f"llmcore.benchmarks.{module.name}").BENCH
+            found[bench.op] = bench
+    return found

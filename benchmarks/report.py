@@ -1,0 +1,178 @@
+"""Results as lines in the terminal and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .contest import DEFINITION, OURS, TORCH, Entry, Result
+from .overhead import STATES, Cost
+from .roofline import Limit
+
+FORMAT = 1
+"""Of the JSON; goes up when a field changes its meaning."""
+
+
+@dataclasses.dataclass
+class Report:
+    """Everything that one run measured."""
+
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    roofline: list[Limit] = dataclasses.field(default_factory=list)
+    results: list[Result] = dataclasses.field(default_factory=list)
+    overhead: list[Cost] = dataclasses.field(default_factory=list)
+
+    @property
+    def failed(self) -> bool:
+        return any(result.failed for result in self.results)
+
+    def write(self, path: Path) -> None:
+        """As JSON; makes the folder."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.as_json(), indent=1) + "\n")
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "machine": self.machine,
+            "settings": self.settings,
+            "roofline": [dataclasses.asdict(limit) for limit in self.roofline],
+            "cases": [case_json(result) for result in self.results],
+            "overhead": [dataclasses.asdict(cost) for cost in self.overhead],
+        }
+
+
+def case_json(result: Result) -> dict[str, Any]:
+    """Seconds, bytes and operations are plain; rates are in 1e9 a second."""
+    case, work = result.case, result.case.work
+    return {
+        "op": case.bench.op,
+        "model": case.shape.model,
+        "shape": case.shape.label,
+        "dtype": case.dtype,
+        "mode": case.mode,
+        "threads": result.threads,
+        "bytes": work.bytes,
+        "flops": work.flops,
+        "bound": work.bound,
+        "limit": result.limit,
+        "limit_rate": None if result.rate is None else result.rate / 1e9,
+        "contenders": [entry_json(result, entry) for entry in result.entries],
+    }
+
+
+def entry_json(result: Result, entry: Entry) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": entry.name, "side": entry.side}
+    if entry.error is not None and entry.error != math.inf:
+        found["error_in_bounds"] = entry.error
+    if entry.note:
+        found["note"] = entry.note
+    if entry.timing is None:
+        return {**found, "not_timed": entry.why_not}
+    low, high = entry.timing.quartiles
+    return {
+        **found,
+        "seconds": entry.timing.median,
+        "quartiles": [low, high],
+        "rounds": len(entry.timing.seconds),
+        "calls_each": entry.timing.calls,
+        "gb_per_s": result.case.work.bytes / entry.seconds / 1e9,
+        "gflop_per_s": result.case.work.flops / entry.seconds / 1e9,
+        "share_of_limit": result.share(entry),
+        "against_torch": result.against_torch(entry),
+    }
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.4g}"
+
+
+def headline(result: Result) -> str:
+    """What a case needs, and what bounds it."""
+    work = result.case.work
+    need = f"{work.amount / 1e9:.3g} {work.unit.removesuffix('/s')}"
+    if result.rate is None:
+        return f"    {need}; limit unknown: {result.limit}"
+    return f"    {need}; limit: {result.limit}, {result.rate / 1e9:.1f} {work.unit}"
+
+
+def case_lines(result: Result) -> Iterator[str]:
+    """For each contender: ms (quartiles), rate, share of the limit, ratio to torch's best."""
+    yield headline(result)
+    for entry in result.entries:
+        if entry.timing is None:
+            word = "FAILED" if entry.side == OURS and entry.error is not None else "not timed"
+            yield f"    {entry.name:<26}{word}: {entry.why_not}"
+            continue
+        low, high = map(milliseconds, entry.timing.quartiles)
+        rate = result.case.work.amount / entry.seconds / 1e9
+        share, ratio = result.share(entry), result.against_torch(entry)
+        line = f"    {entry.name:<26}{milliseconds(entry.seconds):>8} ms {f'({low}-{high})':<17}"
+        line += f"{rate:>8.1f} {result.case.work.unit:<8}"
+        line += "" if share is None else f"{100 * share:>5.0f} %"
+        line += f"{ratio:>8.2f}x torch" if entry.side == OURS and ratio is not None else ""
+        yield line + (f"  [{entry.note}]" if entry.note else "")
+
+
+def roofline_lines(limits: Sequence[Limit]) -> Iterator[str]:
+    """One line for each probe, a column for each number of threads."""
+    threads = sorted({limit.threads for limit in limits})
+    rates = {(limit.name, limit.threads): limit for limit in limits}
+    yield f"    {'':<34}" + "".join(f"{on_threads(n):>24}" for n in threads)
+    for name in dict.fromkeys(limit.name for limit in limits):
+        cells = [rates.get((name, n)) for n in threads]
+        texts = [f"{c.rate:.1f} ({c.low:.1f}-{c.high:.1f})" if c else "-" for c in cells]
+        unit = next(c.unit for c in cells if c)
+        yield f"    {name:<34}" + "".join(f"{text:>24}" for text in texts) + f"  {unit}"
+
+
+def overhead_lines(costs: Sequence[Cost]) -> Iterator[str]:
+    """One line for each way into an op, a column for each of torch's states."""
+    yield f"    {'microseconds a call':<34}" + "".join(f"{state:>22}" for state in STATES)
+    found = {(c.op, c.way, c.state): c for c in costs}
+    for op, way in dict.fromkeys((c.op, c.way) for c in costs):
+        cells = [found.get((op, way, state)) for state in STATES]
+        texts = [f"{c.microseconds:.1f} ({c.low:.1f}-{c.high:.1f})" if c else "-" for c in cells]
+        yield f"    {way + (f' ({op})' if op not in way else ''):<34}" + "".join(
+            f"{text:>22}" for text in texts
+        )
+
+
+def summary_lines(results: Sequence[Result]) -> Iterator[str]:
+    """Where llmcore is the faster, and every case where torch is, or where something is missing."""
+    for op in dict.fromkeys(result.case.bench.op for result in results):
+        mine = [r for r in results if r.case.bench.op == op]
+        ratios = {r: ratio for r in mine if (ratio := best_ratio(r)) is not None}
+        wins = sum(ratio >= 1 for ratio in ratios.values())
+        yield f"  {op}: llmcore is the faster in {wins} of {len(ratios)} cases" + (
+            f", {min(ratios.values()):.2f}x to {max(ratios.values()):.2f}x torch's best"
+            if ratios
+            else ""
+        )
+        for result, ratio in sorted(ratios.items(), key=lambda pair: pair[1]):
+            best = result.best(TORCH)
+            if ratio < 1 and best is not None:
+                yield f"    LOSES: {place(result)}: {ratio:.2f}x {best.name}"
+        for result in mine:
+            for entry in result.entries:
+                if entry.timing is None and entry.side in (OURS, DEFINITION):
+                    yield f"    NOT TIMED: {place(result)}: {entry.name}: {entry.why_not}"
+
+
+def on_threads(count: int) -> str:
+    return f"{count} thread" + ("s" if count > 1 else "")
+
+
+def place(result: Result) -> str:
+    return f"{result.case.label}, {on_threads(result.threads)}"
+
+
+def best_ratio(result: Result) -> float | None:
+    """How many times as fast as torch's best llmcore's best is."""
+    ours = result.best(OURS)
+    return None if ours is None else result.against_torch(ours)

@@ -1,0 +1,96 @@
+"""The shapes that are timed, each of a real model by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FORWARD, INTO, BACKWARD = "forward", "forward out=", "backward"
+"""What is timed: the forward pass into a fresh result or a given one, the backward pass alone."""
+
+MODES = (FORWARD, INTO, BACKWARD)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A row-wise op's input (N, C).
+
+    `sets` of data are used in turn, so that the caches are cold where one would fit into them;
+    `quick` shapes stand for the rest in a quick run.
+    """
+
+    model: str
+    N: int
+    C: int
+    sets: int = 1
+    quick: bool = False
+    modes: tuple[str, ...] = MODES
+
+    @property
+    def label(self) -> str:
+        return f"{self.N}x{self.C}" + (" cold" if self.sets > 1 else "")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention's q (B, H, T, D), k and v (B, G, S, D); `sets` and `quick` as in Rows."""
+
+    model: str
+    B: int
+    H: int
+    G: int
+    T: int
+    S: int
+    D: int
+    causal: bool = False
+    sets: int = 1
+    quick: bool = False
+    modes: tuple[str, ...] = (FORWARD, BACKWARD)
+
+    @property
+    def label(self) -> str:
+        heads = f"{self.H}" if self.H == self.G else f"{self.H}/{self.G}"
+        length = f"{self.T}" if self.T == self.S else f"{self.T}:{self.S}"
+        marks = (" causal" if self.causal else "") + (" cold" if self.sets > 1 else "")
+        return f"{self.B}x{heads}x{length}x{self.D}{marks}"
+
+    @property
+    def pairs(self) -> int:
+        """The (query, key) pairs that attend; the queries are the last T positions."""
+        if not self.causal:
+            return self.B * self.H * self.T * self.S
+        first = self.S - self.T + 1
+        return self.B * self.H * sum(max(first + i, 0) for i in range(self.T))
+
+
+Shape = Rows | Heads
+
+NORM = (
+    Rows("GPT-2 small, 4 sequences of 1024", 4096, 768, quick=True),
+    Rows("GPT-2 small, 4 sequences of 1024, 12 layers", 4096, 768, sets=12),
+    Rows("BERT base, 8 sequences of 128", 1024, 768),
+    Rows("Llama 3.2 1B, 4 sequences of 2048", 8192, 2048),
+    Rows("SmolLM2-135M, prefill of 512", 512, 576),
+    Rows("SmolLM2-135M, one token", 1, 576, modes=(FORWARD, INTO)),
+)
+SOFTMAX = (
+    Rows("GPT-2 small, 4 sequences of 1024", 4096, 768, quick=True),
+    Rows("GPT-2 small, the scores of 12 heads", 12288, 1024),
+    Rows("BERT base, the scores of 8 x 12 heads", 12288, 128),
+    Rows("SmolLM2-135M, the logits of 128 tokens", 128, 49152),
+    Rows("SmolLM2-135M, the logits of one token", 1, 49152, modes=(FORWARD, INTO)),
+)
+ATTENTION = (
+    Heads("GPT-2 small, not causal", 1, 12, 12, 1024, 1024, 64, quick=True),
+    Heads("GPT-2 small", 1, 12, 12, 1024, 1024, 64, causal=True, quick=True),
+    Heads("GPT-2 small, long", 1, 12, 12, 2048, 2048, 64, causal=True),
+    Heads("Qwen3 0.6B, not causal", 1, 16, 8, 1024, 1024, 128),
+    Heads("Qwen3 0.6B", 1, 16, 8, 1024, 1024, 128, causal=True),
+    Heads("BERT base, 8 sequences of 128", 8, 12, 12, 128, 128, 64, quick=True),
+    Heads("SmolLM2-135M, prefill of 512", 1, 9, 3, 512, 512, 64, causal=True),
+    Heads("SmolLM2-135M, decode", 1, 9, 3, 1, 2048, 64, quick=True, modes=(FORWARD,)),
+    Heads("SmolLM2-135M, decode, 30 layers", 1, 9, 3, 1, 2048, 64, sets=30, modes=(FORWARD,)),
+    Heads("SmolLM2-135M, decode of 8 sequences", 8, 9, 3, 1, 2048, 64, modes=(FORWARD,)),
+)
+TINY_ROWS = Rows("tiny", 4, 64)
+TINY_HEADS = Heads("tiny", 1, 2, 2, 4, 4, 16)
+"""For the cost of a call."""

@@ -1,0 +1,45 @@
+"""The `llmcore` command: `llmcore COMMAND --help` tells each command's options.
+
+A command is a module with `add_arguments(parser)` and `run(args) -> exit status`; its line in
+COMMANDS is all that adding one takes. Only the command that is called is imported.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# name: (module, what it does)
+COMMANDS = {
+    "demo": ("llmcore.demo", "ask a small real model, check its logits, measure its speed"),
+    "bench": (
+        "llmcore.benchmarks.command",
+        "time every op against torch, as a share of this machine's limits",
+    ),
+    "verify": (
+        "llmcore.verify_command",
+        "hold every op on this machine to its definition in float64",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status, 2 for wrong usage."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    listing = "\n".join(f"  {name:<12}{about}" for name, (_, about) in COMMANDS.items())
+    top = argparse.ArgumentParser(
+        prog="llmcore",
+        description="Fused transformer kernels, verified, and a thin transformer on top.",
+        epilog=f"commands:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    chosen = top.parse_args(arguments[:1]).command
+    module, about = COMMANDS[chosen]
+    command = importlib.import_module(module)
+    parser = argparse.ArgumentParser(prog=f"llmcore {chosen}", description=about)
+    command.add_arguments(parser)
+    try:
+        return command.run(parser.parse_args(arguments[1:]))
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,8 @@
+"""The thin transformer: models, their cache, and their weights in and out."""
+
+from llmcore.models.cache import KVCache
+from llmcore.models.config import TransformerConfig
+from llmcore.models.files import load, save
+from llmcore.models.transformer import Decoder
+
+__all__ = ["Decoder", "KVCache", "TransformerConfig", "load", "save"]

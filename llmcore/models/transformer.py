@@ -1,0 +1,146 @@
+"""The decoder: token ids in, logits of the next token out.
+
+    embedding -> block x layers -> norm -> head
+
+Padding never reaches the blocks' arithmetic: the tokens that count are moved to the front of their
+row, the blocks see lengths instead of a mask, and the logits are moved back.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from llmcore import ops
+from llmcore.models.block import Block, Linear, Norm, Pass
+from llmcore.models.cache import KVCache, Span
+from llmcore.models.config import TransformerConfig
+
+
+class Decoder(nn.Module):
+    """A causal language model (Llama's shape, or GPT-2's: see TransformerConfig).
+
+    A plain nn.Module: state_dict, deepcopy, train and gradients work as ever. With tied embeddings
+    there is no head: the embedding is used as one, and appears once in the state_dict.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding: nn.Embedding | None = None
+        if config.positions == "learned":
+            self.position_embedding = nn.Embedding(config.context_length, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = Norm(config)
+        self.head: Linear | None = None
+        if not config.tied_embeddings:
+            self.head = Linear(config.width, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal(0, 0.02) matrices, as GPT-2; what adds to the stream is scaled by its depth."""
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            else:
+                into_stream = name.endswith(("attention.output.weight", "down.weight"))
+                depth = 2 * self.config.layers if into_stream else 1
+                nn.init.normal_(parameter, std=0.02 / depth**0.5)
+
+    def forward(
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits (B, T, V) for ids (B, T) int64, in the parameters' dtype.
+
+        cache           the tokens before these; it then holds these too
+        attention_mask  (B, T), bool or 0/1: False marks padding among *these* ids, on any side;
+                        what the logits hold there means nothing
+        last_only       only each sequence's last token that counts: (B, 1, V)
+
+        Raises ValueError for wrong shapes, ids of a wrong dtype, or too long a text.
+        """
+        if ids.ndim != 2 or ids.shape[1] == 0 or ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                "ids must be whole numbers (B, T) with T at least 1, "
+                f"got {ids.dtype} {tuple(ids.shape)}"
+            )
+        if attention_mask is None:
+            hidden = self._hidden(ids, cache, None)
+            return self._logits(hidden[:, -1:] if last_only else hidden)
+        if attention_mask.shape != ids.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of ids {tuple(ids.shape)}, "
+                f"got {tuple(attention_mask.shape)}"
+            )
+        mask = attention_mask.bool()
+        counts = mask.sum(dim=1)
+        order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
+        hidden = self._hidden(ids.gather(1, order), cache, counts)
+        last = (counts - 1).clamp(min=0)[:, None]
+        wanted = last if last_only else order.argsort(dim=1)
+        hidden = hidden.gather(1, wanted[..., None].expand(-1, -1, hidden.shape[-1]))
+        return self._logits(hidden)
+
+    def resize_vocab(self, size: int) -> None:
+        """Give the vocabulary rows up to `size`; a new one starts as the mean of the old ones.
+
+        (The mean is a token the model finds neither likely nor strange.) Tied embeddings stay tied.
+        ValueError when that would take rows away.
+        """
+        old = self.config.vocab_size
+        if size < old:
+            raise ValueError(f"the vocabulary has {old} tokens and can't shrink to {size}")
+        for module in (self.embedding, self.head):
+            if module is not None:
+                weight = module.weight.detach()
+                rows = weight.mean(dim=0, keepdim=True).expand(size - old, -1)
+                module.weight = nn.Parameter(
+                    torch.cat((weight, rows)), requires_grad=module.weight.requires_grad
+                )
+        self.embedding.num_embeddings = size
+        if self.head is not None:
+            self.head.out_features = size
+        self.config = dataclasses.replace(self.config, vocab_size=size)
+
+    def _hidden(self, ids: Tensor, cache: KVCache | None, counts: Tensor | None) -> Tensor:
+        stream = self.embedding(ids)
+        span = self._span(stream, counts) if cache is None else cache.reserve(stream, counts)
+        rotation = None
+        if self.position_embedding is not None:
+            stream = stream + self.position_embedding(span.positions)
+        else:
+            rotation = self._rotation(span.positions)
+        now = Pass(span, rotation, cache)
+        branch = None
+        for block in self.blocks:
+            stream, branch = block(stream, branch, now)
+        hidden, _ = self.norm(stream, branch)
+        if cache is not None:
+            cache.commit(span)
+        return hidden
+
+    def _span(self, stream: Tensor, counts: Tensor | None) -> Span:
+        new = stream.shape[1]
+        if new > self.config.context_length:
+            raise ValueError(f"{new} tokens exceed the context of {self.config.context_length}")
+        return Span(torch.arange(new, device=stream.device), counts, 0, new)
+
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        # In float32 whatever the model's dtype: the weights were trained with these very angles.
+        pairs = torch.arange(0, self.config.head_width, 2, device=positions.device)
+        frequencies = 1.0 / self.config.rope_theta ** (pairs.float() / self.config.head_width)
+        angles = positions[..., None].float() * frequencies
+        return angles.cos(), angles.sin()
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if self.head is not None:
+            return self.head(hidden)
+        return ops.linear(hidden, self.embedding.weight)

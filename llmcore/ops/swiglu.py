@@ -1,0 +1,73 @@
+"""swiglu: y = silu(gate) * up, silu(z) = z / (1 + exp(-z)).
+
+Tensors:
+    gate, up  one shape, any; one dtype: float32, bfloat16, float16 or float64; any strides, so that
+              both may be halves of one tensor
+    y         their shape and dtype
+Float32: everything; rounded once, into y.
+Edge cases: empty gives empty; NaN and inf as in torch's silu and product.
+Errors: TypeError for a dtype, ValueError for a shape or a device; both name the argument.
+Source: Shazeer, GLU Variants Improve Transformer, 2020, equation 6 (the part before W2).
+
+Kernels: forward(gate, up) -> y; into the same with `out` behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from llmcore.dispatch import Op
+from llmcore.ops import contract
+from llmcore.ops.sample import Draw, Sample
+
+
+def reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The definition, in at least float32."""
+    return (F.silu(contract.widen(gate)) * contract.widen(up)).to(gate.dtype)
+
+
+def check(gate: torch.Tensor, up: torch.Tensor) -> None:
+    """Raises TypeError or ValueError for arguments that don't fit."""
+    contract.check_floating(gate=gate, up=up)
+    contract.check_dtype(gate, "gate", up=up)
+    contract.check_shape(gate.shape, "the shape of gate", up=up)
+
+
+def samples(draw: Draw) -> Iterator[Sample]:
+    for shape in ((draw.size(1, 70), draw.size(1, 700)), (2, 3, 341), (1,), (0, 8)):
+        yield Sample("x".join(map(str, shape)), (draw.normal(*shape) * 2, draw.normal(*shape)))
+    yield Sample("halves_of_one", tuple(draw.normal(5, 66).chunk(2, -1)))
+    yield Sample("strided", (draw.normal(16, 9).T, draw.normal(9, 16)))
+    yield Sample("far", (draw.normal(100) * 30, draw.normal(100)))
+
+
+OP = Op(
+    "swiglu",
+    reference,
+    check,
+    samples,
+    cpu="no CPU kernel yet: the definition runs",
+    triton="no Triton kernel yet",
+    cuda="no CUDA kernel: one elementwise pass is Triton's to fuse",
+)
+
+
+def swiglu(
+    gate: torch.Tensor, up: torch.Tensor, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """silu(gate) * up, in float32.
+
+    gate and up of one shape and dtype; the result has both. `out`, contiguous, takes it instead of
+    a fresh tensor; no gradient goes through it.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit; the message names it.
+    """
+    kernel = OP.kernel(contract.call_key((gate, up)), gate, up)
+    if out is not None:
+        contract.check_out(out, gate.shape, gate, gate, up)
+        return contract.into(out, kernel, gate, up)
+    return kernel.forward(gate, up)

@@ -1,0 +1,56 @@
+"""A config that can't be a model is refused, by the name of what is wrong."""
+
+import dataclasses
+
+import pytest
+
+from llmcore.models import TransformerConfig
+
+SIZES = {
+    "vocab_size": 10,
+    "width": 8,
+    "layers": 1,
+    "heads": 2,
+    "kv_heads": 1,
+    "head_width": 4,
+    "feed_forward": 16,
+    "context_length": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 0}, "width must be a whole number of at least 1, got 0"),
+        ({"layers": 1.5}, "layers must be a whole number"),
+        ({"vocab_size": True}, "vocab_size must be a whole number"),
+        ({"norm_eps": 0.0}, "norm_eps must be a finite number above 0"),
+        ({"rope_theta": float("nan")}, "rope_theta must be a finite number above 0"),
+        ({"norm": "batch_norm"}, "norm must be one of rms_norm, layer_norm, got 'batch_norm'"),
+        ({"activation": "relu"}, "activation must be one of swiglu, gelu_tanh, got 'relu'"),
+        ({"positions": "alibi"}, "positions must be one of rope, learned, got 'alibi'"),
+        ({"heads": 3, "kv_heads": 2}, "heads must be a multiple of kv_heads, got 3 and 2"),
+        ({"head_width": 3}, "head_width must be even, got 3"),
+        ({"eos_ids": (10,)}, "eos_ids must be token ids below vocab_size 10, got 10"),
+    ],
+)
+def test_config_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig(**{**SIZES, **change})
+
+
+def test_config_refuses_what_is_no_switch():
+    with pytest.raises(TypeError, match="bias must be true or false, got 1"):
+        TransformerConfig(**SIZES, bias=1)
+
+
+def test_config_odd_head_width_without_rope():
+    assert TransformerConfig(**{**SIZES, "head_width": 3}, positions="learned").head_width == 3
+
+
+def test_config_is_frozen_and_hashable():
+    config = TransformerConfig(**SIZES, eos_ids=[1, 2])
+    assert config.eos_ids == (1, 2)
+    assert hash(config) == hash(dataclasses.replace(config))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.width = 9

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import llmcore
+from llmcore import ops
+from llmcore.ops.linear import FORMATS
+
+pytestmark = pytest.mark.usefixtures("backend")
+formats = pytest.mark.parametrize("format", FORMATS)
+
+
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no_bias"])
+def test_linear_equals_torch(biased: bool) -> None:
+    tensors = [torch.randn(4, 6, 33), torch.randn(17, 33), torch.randn(17)]
+    cotangent, results = torch.randn(4, 6, 17), []
+    for function in (ops.linear, F.linear):
+        leaves = [t.clone().requires_grad_() for t in tensors[: 2 + biased]]
+        y = function(*leaves)
+        results.append((y, *torch.autograd.grad(y, leaves, cotangent)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_linear_sums_half_types_in_float32(dtype: torch.dtype) -> None:
+    """4096 ones: a sum in bfloat16 stops at 256, one in float16 at 2048."""
+    x, weight = torch.ones(2, 4096, dtype=dtype), torch.ones(3, 4096, dtype=dtype)
+    assert torch.equal(ops.linear(x, weight), torch.full((2, 3), 4096.0, dtype=dtype))
+
+
+def test_linear_bias_is_added_before_the_rounding() -> None:
+    x, weight = torch.ones(1, 2).bfloat16(), torch.tensor([[256.0, 1.0]]).bfloat16()
+    y = ops.linear(x, weight, torch.tensor([1.0]))  # 257 alone would round to 256
+    assert y.item() == 258.0
+
+
+def test_linear_nan_stays_in_its_row() -> None:
+    x, weight = torch.randn(3, 40), torch.randn(7, 40)
+    x[1, 3] = math.nan
+    y = ops.linear(x, weight)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+def test_linear_out_takes_the_result() -> None:
+    x, weight, bias = torch.randn(2, 5, 33), torch.randn(9, 33), torch.randn(9)
+    room = torch.empty(2, 5, 9)
+    assert ops.linear(x, weight, bias, out=room) is room
+    assert torch.equal(room, ops.linear(x, weight, bias))
+
+
+def test_linear_autocast() -> None:
+    x, weight, bias = torch.randn(5, 33), torch.randn(9, 33), torch.randn(9)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.linear(x, weight, bias)
+        assert ops.linear(x.double(), weight.double()).dtype == torch.float64
+        packed = ops.linear(x, llmcore.pack(weight, "fp32"))
+    assert y.dtype == packed.dtype == torch.bfloat16
+    assert torch.equal(y, ops.linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16()))
+
+
+@formats
+def test_linear_packed_is_linear_of_the_dequantized(format: str) -> None:
+    x, bias = torch.randn(5, 64), torch.randn(9)
+    packed = llmcore.pack(torch.randn(9, 64), format)
+    y = ops.linear(x, packed, bias)
+    torch.testing.assert_close(y, F.linear(x, packed.dequantize(), bias), rtol=1e-5, atol=1e-5)
+
+
+@formats
+def test_linear_packed_gradient_reaches_x_and_bias(format: str) -> None:
+    x, bias = torch.randn(5, 64, requires_grad=True), torch.randn(9, requires_grad=True)
+    packed, cotangent = llmcore.pack(torch.randn(9, 64), format), torch.randn(5, 9)
+    dx, dbias = torch.autograd.grad(ops.linear(x, packed, bias), (x, bias), cotangent)
+    torch.testing.assert_close(dx, cotangent @ packed.dequantize(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dbias, cotangent.sum(0))
+
+
+@formats
+def test_linear_packed_compiles_fullgraph(format: str) -> None:
+    x, packed = torch.randn(5, 64), llmcore.pack(torch.randn(9, 64), format)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda a: ops.linear(a, packed), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), ops.linear(x, packed))
+
+
+def test_pack_fp32_and_bf16_are_casts() -> None:
+    weight = torch.randn(9, 33)
+    assert torch.equal(llmcore.pack(weight, "fp32").dequantize(), weight)
+    assert torch.equal(llmcore.pack(weight, "bf16").dequantize(), weight.bfloat16().float())
+    packed = llmcore.pack(weight, "fp32")
+    weight.zero_()
+    assert packed.dequantize().abs().amax() > 0  # memory of its own
+
+
+@pytest.mark.parametrize(("format", "levels"), [("int8", 127), ("int4", 8)])
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
+def test_pack_is_off_by_half_a_step(format: str, levels: int, group: int) -> None:
+    weight = torch.randn(5, 256) * torch.logspace(-6, 3, 5)[:, None]
+    packed = llmcore.pack(weight, format, group)
+    step = weight.unflatten(1, (-1, group)).abs().amax(-1, keepdim=True) / levels
+    error = (packed.dequantize() - weight).abs().unflatten(1, (-1, group))
+    # Half a step; a scale rounded to bfloat16 adds 2^-9 of the largest magnitude. In int4 the value
+    # opposite to the largest may be a whole step off, for +8 does not exist.
+    slack = 1.0 if format == "int4" else 0.5
+    assert (error <= step * (slack + levels * 2**-9 + 1e-3)).all()
+    assert packed.scales is not None and packed.scales.shape == (5, 256 // group)
+
+
+def test_pack_int4_uses_its_sixteen_levels() -> None:
+    weight = torch.arange(-8.0, 8.0).repeat(2).expand(3, 32)
+    assert torch.equal(llmcore.pack(weight, "int4", 32).dequantize(), weight)
+    assert torch.equal(llmcore.pack(-weight, "int4", 32).dequantize(), -weight)
+
+
+def test_pack_int8_is_exact_where_it_can_be() -> None:
+    weight = torch.randint(-127, 128, (3, 64)).float()
+    weight[:, ::32] = 127.0
+    assert torch.equal(llmcore.pack(weight, "int8").dequantize(), weight)
+
+
+@formats
+def test_pack_group_of_zeros(format: str) -> None:
+    weight = torch.randn(3, 64)
+    weight[1, 32:] = 0.0
+    assert torch.equal(llmcore.pack(weight, format).dequantize()[1, 32:], torch.zeros(32))
+
+
+@pytest.mark.parametrize(
+    ("format", "bits"), [("fp32", 32), ("bf16", 16), ("int8", 8.5), ("int4", 4.5)]
+)
+def test_pack_size(format: str, bits: float) -> None:
+    packed = llmcore.pack(torch.randn(64, 128), format)
+    assert packed.nbytes * 8 == 64 * 128 * bits
+    assert f"{format}" in repr(packed) and f"{packed.nbytes} bytes" in repr(packed)
+    assert packed.shape == (64, 128)
+
+
+@formats
+def test_pack_copies_and_pickles(format: str) -> None:
+    packed = llmcore.pack(torch.randn(9, 64), format)
+    for again in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), packed.to("cpu")):
+        assert torch.equal(again.dequantize(), packed.dequantize())
+
+
+def test_pack_has_no_gradient() -> None:
+    weight = torch.randn(9, 64, requires_grad=True)
+    packed = llmcore.pack(weight, "int8")
+    assert not packed.requires_grad and not packed.values.requires_grad
+    with pytest.raises(RuntimeError, match="weight: a PackedWeight is for inference"):
+        packed.requires_grad_()
+    with pytest.raises(RuntimeError, match="weight: a PackedWeight is for inference"):
+        _ = packed.grad
+    assert packed.requires_grad_(False) is packed
+
+
+def test_pack_errors() -> None:
+    weight = torch.randn(9, 96)
+    with pytest.raises(ValueError, match="format: got 'int5', expected one of 'fp32'"):
+        llmcore.pack(weight, "int5")
+    with pytest.raises(ValueError, match=r"weight: got shape \(96,\), expected \(N, K\)"):
+        llmcore.pack(weight[0], "int8")
+    with pytest.raises(TypeError, match=r"weight: got torch.int64"):
+        llmcore.pack(weight.long(), "int8")
+    with pytest.raises(ValueError, match="group: got 48, expected one of 16"):
+        llmcore.pack(weight, "int8", 48)
+    with pytest.raises(ValueError, match="group: got 64, expected a divisor of K"):
+        llmcore.pack(weight, "int4", 64)
+    weight[3, 3] = math.inf
+    with pytest.raises(ValueError, match="weight: holds NaN or inf"):
+        llmcore.pack(weight, "int8")
+    assert llmcore.pack(weight, "bf16").dequantize()[3, 3] == math.inf
+
+
+def test_linear_errors() -> None:
+    x, weight = torch.randn(3, 4), torch.randn(7, 4)
+    with pytest.raises(ValueError, match=r"weight: got shape \(7, 4\), expected \(N, 5\)"):
+        ops.linear(torch.randn(3, 5), weight)
+    with pytest.raises(ValueError, match=r"weight: got shape \(4,\)"):
+        ops.linear(x, weight[0])
+    with pytest.raises(ValueError, match=r"weight: got shape \(7, 32\), expected \(N, 4\)"):
+        ops.linear(x, llmcore.pack(torch.randn(7, 32), "int4"))
+    with pytest.raises(TypeError, match=r"weight: got torch.float16, expected torch.float32"):
+        ops.linear(x, weight.half())
+    with pytest.raises(TypeError, match="weight: expected a tensor, got int"):
+        ops.linear(x, 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"bias: got shape \(4,\), expected \(7,\)"):
+        ops.linear(x, weight, torch.randn(4))
+    with pytest.raises(TypeError, match=r"bias: got torch.float16"):
+        ops.linear(x, weight, torch.randn(7).half())
+    with pytest.raises(ValueError, match="weight: on meta"):
+        ops.linear(x, weight.to("meta"))
+    with pytest.raises(ValueError, match=r"out: got shape \(3, 4\)"):
+        ops.linear(x, weight, out=torch.empty(3, 4))
+    with pytest.raises(RuntimeError, match="out: has no gradient"):
+        ops.linear(x, weight.requires_grad_(), out=torch.empty(3, 7))

@@ -1,0 +1,108 @@
+"""Hooks of every test run: native kernels must be there where they can be, and the run says what it
+executed. tests/conftest.py takes them in.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from llmcore import dispatch, native
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Fails the run when native kernels could be there and are not: skips would read as passes."""
+    names = (os.environ.get("CXX", "c++"), "g++", "clang++")
+    compiler = next(filter(shutil.which, names), None)
+    allowed = os.environ.get("LLMCORE_ALLOW_NO_NATIVE") == "1"
+    if native.module is None and compiler is not None and not allowed:
+        pytest.exit(
+            f"{compiler} is on this machine, but the native kernels did not load: "
+            f"{native.why_not} (make build, or LLMCORE_ALLOW_NO_NATIVE=1 to test without)",
+            returncode=1,
+        )
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """A test starts from one seed; it leaves threads and the forced backend as they were."""
+    threads, forced = torch.get_num_threads(), dispatch.forced
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    assert dispatch.forced == forced
+
+
+@pytest.fixture
+def one_thread() -> None:
+    """For tests on small tensors: faster, and far steadier where other processes are at work."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["best", "reference"])
+def backend(request: pytest.FixtureRequest, one_thread: None) -> Iterator[str]:
+    """The test of an op runs on what this machine chooses, and on the definition.
+
+    The op is the one that the test file is named after.
+    """
+    if request.param == "best":
+        name = request.module.__name__.removeprefix("test_")
+        name = "attention" if name == "scaled_dot_product_attention" else name
+        if dispatch.REGISTRY[name].candidates[0].backend == "reference":
+            pytest.skip("the definition is the only candidate")
+        yield "best"
+        return
+    with dispatch.use("reference"):
+        yield "reference"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A table of the candidates that ran and those that did not, with reasons."""
+    ran: dict[tuple[str, str], int] = {}
+    skipped: dict[tuple[str, str], str] = {}
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            candidate = dict(report.user_properties).get("candidate")
+            if candidate is None:
+                continue
+            op, backend = candidate.split("/")
+            if outcome == "skipped":
+                reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+                skipped[op, backend] = reason.removeprefix("Skipped: ")
+            else:
+                ran[op, backend] = ran.get((op, backend), 0) + 1
+    if not ran and not skipped:
+        return
+    terminalreporter.section("candidates: tests that ran, or why none did")
+    for line in table(ran, skipped):
+        terminalreporter.write_line(line)
+
+
+def table(ran: dict[tuple[str, str], int], skipped: dict[tuple[str, str], str]) -> list[str]:
+    """The lines of the summary: ops by backends, the reasons numbered below."""
+    pairs = ran.keys() | skipped.keys()
+    ops = sorted({op for op, _ in pairs})
+    backends = [b for b in dispatch.BACKENDS if any(pair[1] == b for pair in pairs)]
+    width = max(map(len, ops))
+    notes: dict[str, int] = {}
+    lines = [" ".join([" " * width, *backends])]
+    for op in ops:
+        cells = []
+        for backend in backends:
+            if (op, backend) in ran:
+                cell = str(ran[op, backend])
+            else:
+                why = skipped.get((op, backend), "not selected")
+                cell = f"({notes.setdefault(why, len(notes) + 1)})"
+            cells.append(f"{cell:<{len(backend)}}")
+        lines.append(" ".join([f"{op:<{width}}", *cells]).rstrip())
+    lines += [f"({number}) {why}" for why, number in notes.items()]
+    executed = [b for b in backends if any(pair[1] == b for pair in ran)]
+    not_executed = [b for b in dispatch.BACKENDS if b not in executed]
+    lines.append(f"executed: {', '.join(executed) or 'nothing'}")
+    lines.append(f"NOT executed: {', '.join(not_executed) or 'nothing'}")
+    return lines

@@ -1,0 +1,263 @@
+"""Which candidate runs, what is said about the others, and what importing costs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import llmcore
+from llmcore import dispatch, native, ops
+from llmcore.dispatch import BACKENDS, REGISTRY, BackendError, Candidate, Op
+from llmcore.ops.sample import Draw
+
+
+@pytest.fixture
+def double() -> Iterator[Op]:
+    """An op of our own: y = 2 x; its candidates say in their result who ran."""
+    calls: list[str] = []
+
+    def check(x: torch.Tensor, factor: int = 2) -> None:
+        calls.append("check")
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+
+    def small_only(x: torch.Tensor, factor: int) -> list[str]:
+        return [] if x.numel() < 10 else [f"{x.numel()} elements: this kernel takes up to 9"]
+
+    op = Op(
+        "double",
+        lambda x, factor: "reference",
+        check,
+        lambda draw: iter(()),
+        (
+            Candidate("cuda", lambda x, factor: "cuda", machine="torch finds no GPU"),
+            Candidate("cpu", lambda x, factor: "cpu", refuses=small_only),
+            Candidate("cpu_avx2", lambda x, factor: "cpu_avx2"),
+        ),
+        triton="no Triton kernel: two times is not worth one",
+    )
+    op.calls = calls  # type: ignore[attr-defined]
+    yield op
+    del REGISTRY["double"]
+
+
+def who_runs(op: Op, x: torch.Tensor) -> str:
+    return op.kernel((x.shape,), x, 2).forward(x, 2)
+
+
+def test_dispatch_first_that_does_not_refuse(double: Op) -> None:
+    assert who_runs(double, torch.zeros(3)) == "cpu"
+    assert who_runs(double, torch.zeros(30)) == "reference"  # a single level runs by name only
+
+
+def test_dispatch_use_forces(double: Op) -> None:
+    with llmcore.use("cpu_avx2"):
+        assert who_runs(double, torch.zeros(30)) == "cpu_avx2"
+    with llmcore.use("reference"):
+        assert who_runs(double, torch.zeros(3)) == "reference"
+    assert who_runs(double, torch.zeros(3)) == "cpu"
+
+
+def test_dispatch_use_nests_and_restores_after_exceptions(double: Op) -> None:
+    with llmcore.use("cpu"):
+        with pytest.raises(KeyError), llmcore.use("reference"):
+            assert dispatch.forced == "reference"
+            raise KeyError
+        assert dispatch.forced == "cpu"
+        with llmcore.use("cpu_avx2"):
+            assert who_runs(double, torch.zeros(3)) == "cpu_avx2"
+        assert who_runs(double, torch.zeros(3)) == "cpu"
+    assert dispatch.forced is None
+
+
+def test_dispatch_use_unknown_name() -> None:
+    message = "backend: got 'gpu', expected one of cuda, triton, cpu"
+    with pytest.raises(ValueError, match=message), llmcore.use("gpu"):
+        pass
+    assert dispatch.forced is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("cuda", "double: cuda was asked for and cannot run: torch finds no GPU"),
+        ("triton", "double: triton was asked for .*: no Triton kernel: two times"),
+        ("cpu", "double: cpu was asked for .*: 30 elements: this kernel takes up to 9"),
+        ("cpu_avx512", "double: cpu_avx512 was asked for .*: double has no cpu kernel"),
+    ],
+)
+def test_dispatch_forced_and_refusing_is_an_error(double: Op, backend: str, message: str) -> None:
+    with llmcore.use(backend), pytest.raises(BackendError, match=message):
+        who_runs(double, torch.zeros(30))
+
+
+def test_dispatch_checks_once_for_each_key(double: Op) -> None:
+    calls: list[str] = double.calls  # type: ignore[attr-defined]
+    for _ in range(3):
+        who_runs(double, torch.zeros(3))
+    assert len(calls) == 1
+    who_runs(double, torch.zeros(4))
+    assert len(calls) == 2
+    with llmcore.use("reference"):
+        who_runs(double, torch.zeros(3))
+    assert len(calls) == 3
+
+
+def test_dispatch_without_a_key_checks_every_time(double: Op) -> None:
+    calls: list[str] = double.calls  # type: ignore[attr-defined]
+    for _ in range(2):
+        double.kernel(None, torch.zeros(3), 2)
+    assert len(calls) == 2 and not double.chosen
+
+
+def test_dispatch_refused_arguments_are_not_remembered(double: Op) -> None:
+    for _ in range(2):
+        with pytest.raises(TypeError, match="x: expected a tensor, got str"):
+            double.kernel(("a key",), "nonsense", 2)
+    assert not double.chosen
+
+
+def test_dispatch_forgets_before_it_grows_without_bound(double: Op) -> None:
+    x = torch.zeros(3)
+    for i in range(5000):
+        double.kernel(i, x, 2)
+    assert len(double.chosen) <= 4096
+
+
+def test_explain_says_who_runs_and_why_not_the_others(double: Op) -> None:
+    explanation = llmcore.explain("double", torch.zeros(30))
+    assert explanation.chosen == "reference"
+    assert explanation.reasons["cpu"] == ["30 elements: this kernel takes up to 9"]
+    assert explanation.reasons["cuda"] == ["torch finds no GPU"]
+    assert explanation.reasons["triton"] == ["no Triton kernel: two times is not worth one"]
+    assert explanation.reasons["reference"] == explanation.reasons["cpu_avx2"] == []
+    text = str(explanation)
+    assert text.startswith("double runs on reference")
+    assert "  cpu: 30 elements" in text and "  cpu_avx2: could run" in text
+
+
+def test_explain_follows_use(double: Op) -> None:
+    with llmcore.use("cpu_avx2"):
+        assert llmcore.explain("double", torch.zeros(3)).chosen == "cpu_avx2"
+    with llmcore.use("cuda"), pytest.raises(BackendError, match="torch finds no GPU"):
+        llmcore.explain("double", torch.zeros(3))
+
+
+def test_explain_takes_the_public_function_and_its_options() -> None:
+    q = torch.randn(1, 2, 3, 8)
+    by_function = llmcore.explain(ops.attention, q, q, q, causal=True, window=(1, 0))
+    assert by_function == llmcore.explain("attention", q, q, q, causal=True, window=(1, 0))
+    assert by_function.op == "attention"
+    assert by_function.chosen in ("cpu", "reference")
+
+
+def test_explain_raises_what_the_call_raises() -> None:
+    with pytest.raises(ValueError, match="weight: got shape"):
+        llmcore.explain(ops.rms_norm, torch.randn(3, 4), torch.randn(5))
+    with pytest.raises(ValueError, match="op: got 'conv', expected one of"):
+        llmcore.explain("conv")
+    with pytest.raises(ValueError, match="op: got 'relu'"):
+        llmcore.explain(torch.relu)
+
+
+def test_explain_draws_nothing_from_the_generator() -> None:
+    q, before = torch.randn(1, 2, 3, 8), torch.get_rng_state()
+    llmcore.explain(ops.attention, q, q, q, dropout_p=0.5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_backends_table() -> None:
+    table = llmcore.backends()
+    assert set(table) == set(REGISTRY)
+    for name, row in table.items():
+        assert tuple(row) == BACKENDS
+        assert row["reference"] == ""
+        for backend, why in row.items():
+            candidate = REGISTRY[name].candidate(backend)
+            assert why == (
+                REGISTRY[name].why_absent(backend) if candidate is None else candidate.machine
+            )
+            assert candidate is not None or len(why) > 10  # a sentence
+    text = str(table)
+    for name in REGISTRY:
+        assert f"\n{name} " in text
+    assert "(1) " in text and "runs" in text
+
+
+def test_backends_that_run_do_run() -> None:
+    """What the table says runs can be forced on at least one sample."""
+    for name, row in llmcore.backends().items():
+        op = REGISTRY[name]
+        for backend, why in row.items():
+            if why or backend in ("cuda", "triton"):
+                continue
+            ran = 0
+            for sample in op.samples(Draw(0)):
+                with llmcore.use(backend):
+                    try:
+                        op.function(*sample.args, **sample.options)
+                        ran += 1
+                        break
+                    except BackendError:
+                        continue
+            assert ran, f"{name} on {backend}"
+
+
+def test_levels_of_this_machine_are_told_from_those_it_lacks() -> None:
+    if native.module is None:
+        pytest.skip(native.why_not)
+    row = llmcore.backends()["rms_norm"]
+    assert row["cpu"] == "" and row["cpu_portable"] == ""
+    for level, lacks in llmcore.device.cpu_levels().items():
+        assert (row[f"cpu_{level}"] == "") == (lacks == "")
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_environment_variable_forces() -> None:
+    code = (
+        "import torch, llmcore; print(llmcore.explain('softmax', torch.randn(2, 3)).chosen);\n"
+        "with llmcore.use('reference'): pass\n"
+        "print(llmcore.dispatch.forced)"
+    )
+    done = python(code, LLMCORE_BACKEND="reference")
+    assert done.stdout.split() == ["reference", "reference"], done.stderr
+
+
+def test_environment_variable_with_an_unknown_name() -> None:
+    done = python(
+        "import torch, llmcore; llmcore.ops.softmax(torch.randn(2))", LLMCORE_BACKEND="gpu"
+    )
+    assert "ValueError: backend: got 'gpu', expected one of" in done.stderr
+
+
+def test_import_brings_in_neither_triton_nor_transformers() -> None:
+    code = (
+        "import sys, llmcore, torch; llmcore.ops.rms_norm(torch.randn(2, 3)); llmcore.backends()\n"
+        "print([m for m in ('triton', 'transformers', 'tokenizers', 'gguf') if m in sys.modules])"
+    )
+    done = python(code)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_raw_op_without_the_extension_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "why_not", "not built: no compiler")
+    with pytest.raises(RuntimeError, match="rms_norm_forward: not built: no compiler"):
+        native.op("rms_norm_forward")()
+    candidates: Any = dispatch.native_candidates("rms_norm", lambda *a: [])
+    assert {c.machine for c in candidates} == {"not built: no compiler"}

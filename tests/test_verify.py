@@ -1,0 +1,564 @@
+"""The yardstick itself: planted faults must be refused, honest kernels accepted.
+
+A fault stands in for a kernel, as the candidate "triton" of the op, and is held to the op's
+samples.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llmcore import dispatch
+from llmcore.dispatch import REGISTRY, Candidate, Op
+from llmcore.ops import contract
+from llmcore.ops.attention_definition import Extra, Options
+from llmcore.ops.cross_entropy import LossOptions
+from llmcore.ops.sample import Draw, Sample
+from llmcore.verify import (
+    Line,
+    Report,
+    Verdict,
+    differentiable,
+    judge,
+    verify,
+    verify_backend,
+    verify_sample,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Kernel = Callable[..., Any]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Kernel], Op]:
+    """plant(name, kernel): the op with that kernel as its candidate "triton"."""
+
+    def plant(name: str, kernel: Kernel) -> Op:
+        op = REGISTRY[name]
+        monkeypatch.setattr(op, "candidates", (Candidate("triton", kernel), op.candidates[-1]))
+        monkeypatch.setattr(op, "chosen", {})
+        return op
+
+    return plant
+
+
+# Faults, each a kernel with the signature of its contract.
+
+
+def define(name: str, *args: Any) -> Any:
+    return REGISTRY[name].reference(*args)
+
+
+def rms_norm_eps_forgotten(x: Any, weight: Any, eps: float) -> Any:
+    return define("rms_norm", x, weight, 0.0)
+
+
+def rms_norm_eps_outside_the_root(x: Any, weight: Any, eps: float) -> Any:
+    wide = x.float() if x.dtype != torch.float64 else x
+    y = wide / (wide.square().mean(-1, keepdim=True).sqrt() + eps)
+    return (y if weight is None else y * weight).to(x.dtype)
+
+
+def rms_norm_last_block_dropped(x: Any, weight: Any, eps: float) -> Any:
+    """The sum of squares leaves out what does not fill a block of 16."""
+    wide = x.float()
+    whole = x.shape[-1] // 16 * 16 or x.shape[-1]
+    mean = wide[..., :whole].square().sum(-1, keepdim=True) / x.shape[-1]
+    y = wide * torch.rsqrt(mean + eps)
+    return (y if weight is None else y * weight).to(x.dtype)
+
+
+def layer_norm_variance_over_one_less(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+    wide = x.float()
+    rstd = torch.rsqrt(wide.var(-1, keepdim=True) + eps)
+    y = (wide - wide.mean(-1, keepdim=True)) * rstd
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def layer_norm_one_pass_variance(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+    """E[x^2] - E[x]^2 in float32 cancels where the offset is large."""
+    wide = x.float()
+    mean = wide.mean(-1, keepdim=True)
+    variance = wide.square().mean(-1, keepdim=True) - mean.square()
+    y = (wide - mean) * torch.rsqrt(variance + eps)
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def softmax_without_the_maximum(x: Any, dim: int) -> Any:
+    e = contract.widen(x).exp()
+    return (e / e.sum(dim, keepdim=True)).to(x.dtype)
+
+
+def softmax_over_the_last_axis_always(x: Any, dim: int) -> Any:
+    return define("softmax", x, x.ndim - 1)
+
+
+def masked_softmax_causal_off_by_one(x: Any, mask: Any, causal: bool, scale: float) -> Any:
+    if causal:
+        rows, keys = x.shape[-2:]
+        seen = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows + 1)
+        mask = seen if mask is None else mask & seen
+    return define("masked_softmax", x, mask, False, scale)
+
+
+def rope_turned_backwards(x: Any, cos: Any, sin: Any, interleaved: bool) -> Any:
+    return define("rope", x, cos, -sin, interleaved)
+
+
+def rope_pairs_of_the_other_layout(x: Any, cos: Any, sin: Any, interleaved: bool) -> Any:
+    return define("rope", x, cos, sin, not interleaved)
+
+
+def gelu_always_tanh(x: Any, approximate: str) -> Any:
+    return define("gelu", x, "tanh")
+
+
+def swiglu_halves_swapped(gate: Any, up: Any) -> Any:
+    return define("swiglu", up, gate)
+
+
+def linear_sum_in_the_half_type(x: Any, weight: Any, bias: Any) -> Any:
+    """Adds products up in x's dtype: what "accumulate in float32" forbids."""
+    total = torch.zeros(*x.shape[:-1], weight.shape[0], dtype=x.dtype)
+    for column, row in zip(x.unbind(-1), weight.unbind(-1), strict=True):
+        total = total + column[..., None] * row
+    return total
+
+
+def linear_last_output_block_without_bias(x: Any, weight: Any, bias: Any) -> Any:
+    if bias is not None:
+        whole = bias.shape[0] // 8 * 8
+        bias = torch.cat((bias[:whole], torch.zeros_like(bias[whole:])))
+    return define("linear", x, weight, bias)
+
+
+def cross_entropy_mean_over_ignored_too(logits: Any, target: Any, options: LossOptions) -> Any:
+    loss = define("cross_entropy", logits, target, options._replace(reduction="none"))
+    return (
+        define("cross_entropy", logits, target, options)
+        if options.reduction != "mean"
+        else (loss.float().sum() / max(target.numel(), 1)).to(logits.dtype)
+    )
+
+
+def cross_entropy_smoothing_forgotten(logits: Any, target: Any, options: LossOptions) -> Any:
+    return define("cross_entropy", logits, target, options._replace(label_smoothing=0.0))
+
+
+def change(fault: str, **numbers: Callable[[Any], Any]) -> Kernel:
+    """attention with some options changed, each by a function of its value."""
+
+    def kernel(q: Any, k: Any, v: Any, extra: Extra, options: Options) -> Any:
+        new = {name: f(getattr(options, name)) for name, f in numbers.items()}
+        return define("attention", q, k, v, extra, options._replace(**new))
+
+    kernel.__name__ = f"attention_{fault}"
+    return kernel
+
+
+attention_softcap_forgotten = change("softcap_forgotten", softcap=lambda cap: None)
+attention_window_off_by_one = change("window_off_by_one", window=lambda w: (w[0] + 1, w[1]))
+
+
+def attention_scale_of_a_padded_head(q: Any, k: Any, v: Any, extra: Extra, options: Options) -> Any:
+    """The scale of D rounded up to a multiple of 8."""
+    padded = -(-q.shape[3] // 8) * 8
+    return define("attention", q, k, v, extra, options._replace(scale=padded**-0.5))
+
+
+def attention_dropout_scaled_wrong(q: Any, k: Any, v: Any, extra: Extra, options: Options) -> Any:
+    """By 1 / p in place of 1 / (1 - p)."""
+    y = define("attention", q, k, v, extra, options)
+    factor = (1 - options.dropout_p) / options.dropout_p
+    return (y[0] * factor, y[1]) if options.return_lse else y * factor
+
+
+def attention_causal_off_by_one(q: Any, k: Any, v: Any, extra: Extra, options: Options) -> Any:
+    if options.causal and isinstance(extra.q_offset, int):
+        extra = extra._replace(q_offset=extra.q_offset + 1)
+    return define("attention", q, k, v, extra, options)
+
+
+def attention_causal_aligned_at_the_start(
+    q: Any, k: Any, v: Any, extra: Extra, options: Options
+) -> Any:
+    return define("attention", q, k, v, extra._replace(q_offset=0), options)
+
+
+def attention_last_key_block_dropped(q: Any, k: Any, v: Any, extra: Extra, options: Options) -> Any:
+    whole = k.shape[2] // 64 * 64
+    if extra.mask is None and extra.kv_lengths is None and whole:
+        k, v = k[:, :, :whole], v[:, :, :whole]
+    return define("attention", q, k, v, extra, options)
+
+
+def attention_tail_of_the_cache_read(q: Any, k: Any, v: Any, extra: Extra, options: Options) -> Any:
+    """0 * NaN: the weights past kv_lengths are 0, and the values are multiplied all the same."""
+    y = define("attention", q, k, v, extra, options)
+    if extra.kv_lengths is None:
+        return y
+    poison = (v * 0).sum((1, 2), keepdim=True).to(q.dtype)
+    return (y[0] + poison, y[1]) if options.return_lse else y + poison
+
+
+def attention_sink_forgotten(q: Any, k: Any, v: Any, extra: Extra, options: Options) -> Any:
+    return define("attention", q, k, v, extra._replace(sinks=None), options)
+
+
+def attention_alibi_without_offset(q: Any, k: Any, v: Any, extra: Extra, options: Options) -> Any:
+    if extra.alibi_slopes is not None and not options.causal:
+        extra = extra._replace(q_offset=0)
+    return define("attention", q, k, v, extra, options)
+
+
+def attention_lse_in_base_2(q: Any, k: Any, v: Any, extra: Extra, options: Options) -> Any:
+    y = define("attention", q, k, v, extra, options)
+    return (y[0], y[1] / math.log(2)) if options.return_lse else y
+
+
+def attention_heads_interleaved(q: Any, k: Any, v: Any, extra: Extra, options: Options) -> Any:
+    """Head h uses the key/value head h % G in place of h // (H / G)."""
+    share = q.shape[1] // k.shape[1]
+    return define(
+        "attention", q, k.repeat(1, share, 1, 1), v.repeat(1, share, 1, 1), extra, options
+    )
+
+
+def attention_other_seed(q: Any, k: Any, v: Any, extra: Extra, options: Options) -> Any:
+    if extra.seed is not None:
+        extra = extra._replace(seed=extra.seed + 1)
+    return define("attention", q, k, v, extra, options)
+
+
+def attention_values_summed_in_half(q: Any, k: Any, v: Any, extra: Extra, options: Options) -> Any:
+    """The output is kept in the half type from one key to the next."""
+    weights = (q.float() @ k.float().mT * options.scale).softmax(-1)  # a constant mask changes none
+    total = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    for key in range(k.shape[2]):
+        total = (total.float() + weights[..., key, None] * v[:, :, key, None].float()).to(q.dtype)
+    return total
+
+
+def gradient_times(factor: float, name: str) -> Kernel:
+    """The right result with its gradient scaled."""
+
+    def kernel(*args: Any) -> Any:
+        y = define(name, *args)
+        first, rest = (y[0], y[1:]) if isinstance(y, tuple) else (y, None)
+        scaled = ScaledGradient.apply(first, factor)
+        return scaled if rest is None else (scaled, *rest)
+
+    return kernel
+
+
+class ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return dy * ctx.factor, None
+
+
+ALL, HALF, FLOAT32 = DTYPES, DTYPES[1:], DTYPES[:1]
+FAULTS: list[tuple[str, Kernel, str, tuple[torch.dtype, ...]]] = [
+    # op, fault, the sample that shows it, in these dtypes
+    ("rms_norm", rms_norm_eps_forgotten, "tiny_values", ALL),
+    ("rms_norm", rms_norm_eps_outside_the_root, "tiny_values", ALL),
+    ("rms_norm", rms_norm_last_block_dropped, "4x19", ALL),
+    ("layer_norm", layer_norm_variance_over_one_less, "9x7", ALL),
+    ("layer_norm", layer_norm_one_pass_variance, "large_offset", FLOAT32),
+    ("softmax", softmax_without_the_maximum, "large_offset", ALL),
+    ("softmax", softmax_over_the_last_axis_always, "axis_0", ALL),
+    ("masked_softmax", masked_softmax_causal_off_by_one, "causal_square", ALL),
+    ("rope", rope_turned_backwards, "half_split_part", ALL),
+    ("rope", rope_pairs_of_the_other_layout, "interleaved_full", ALL),
+    ("gelu", gelu_always_tanh, "nonex2x3x341", FLOAT32),  # half types can't tell them apart
+    ("swiglu", swiglu_halves_swapped, "2x3x341", ALL),
+    ("linear", linear_sum_in_the_half_type, "long_sum", HALF),
+    ("linear", linear_last_output_block_without_bias, "5x7x1", ALL),
+    ("cross_entropy", cross_entropy_mean_over_ignored_too, "mean_ignored_nan", ALL),
+    ("cross_entropy", cross_entropy_smoothing_forgotten, "sum_smooth", ALL),
+    ("attention", attention_scale_of_a_padded_head, "1x1x1x7x9x5x3", ALL),
+    ("attention", attention_softcap_forgotten, "softcap", ALL),
+    ("attention", attention_dropout_scaled_wrong, "dropout_0.7", ALL),
+    ("attention", attention_window_off_by_one, "window_5_0", ALL),
+    ("attention", attention_causal_off_by_one, "1x2x2x33x65x24x40_causal", ALL),
+    ("attention", attention_causal_aligned_at_the_start, "1x2x1x17x130x80x80_causal", ALL),
+    ("attention", attention_last_key_block_dropped, "1x2x2x33x65x24x40", ALL),
+    ("attention", attention_tail_of_the_cache_read, "lengths_nan_tail", ALL),
+    ("attention", attention_sink_forgotten, "sinks", ALL),
+    ("attention", attention_alibi_without_offset, "alibi_by_sequence", ALL),
+    ("attention", attention_lse_in_base_2, "lengths_causal", ALL),
+    ("attention", attention_heads_interleaved, "everything", ALL),
+    ("attention", attention_other_seed, "dropout_0.1", ALL),
+    ("attention", attention_values_summed_in_half, "long_sum", HALF),
+]
+
+
+@functools.cache
+def samples_of(op: Op, seed: int) -> list[Sample]:
+    return list(op.samples(Draw(seed)))
+
+
+def failures(
+    op: Op, dtype: torch.dtype, wanted: Callable[[str], bool] = lambda name: True, seed: int = 0
+) -> list[str]:
+    """What the yardstick refuses of the planted kernel on the wanted samples, at least one."""
+    samples = [s for s in samples_of(op, seed) if wanted(s.name)]
+    assert samples
+    return [
+        f"{sample.name} {tensor}: {verdict}"
+        for sample in samples
+        for tensor, verdict in verify_sample(op, sample, dtype, "triton").items()
+        if not verdict.passed
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "sample", "dtype"),
+    [
+        pytest.param(name, fault, sample, dtype, id=f"{fault.__name__}-{dtype_name(dtype)}")
+        for name, fault, sample, dtypes in FAULTS
+        for dtype in dtypes
+    ],
+)
+def test_verify_refuses_a_planted_fault(
+    planted: Callable[[str, Kernel], Op],
+    name: str,
+    fault: Kernel,
+    sample: str,
+    dtype: torch.dtype,
+) -> None:
+    op = planted(name, fault)
+    assert failures(op, dtype, lambda found: found == sample)
+    planted(name, op.reference)
+    assert not failures(op, dtype, lambda found: found == sample)
+
+
+GRADIENT_SAMPLES = {
+    "rms_norm": "2x3x341",
+    "softmax": "2x3x341",
+    "rope": "half_split_part",
+    "linear": "33x64x31",
+    "attention": "1x2x2x33x65x24x40_causal",
+}
+
+
+@pytest.mark.parametrize("name", GRADIENT_SAMPLES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_verify_refuses_a_gradient_off_by_five_percent(
+    planted: Callable[[str, Kernel], Op], name: str, dtype: torch.dtype
+) -> None:
+    def wanted(found: str) -> bool:
+        return found == GRADIENT_SAMPLES[name]
+
+    wrong = failures(planted(name, gradient_times(1.05, name)), dtype, wanted)
+    assert wrong and all(" d" in line for line in wrong)
+    assert not failures(planted(name, gradient_times(1.0, name)), dtype, wanted)
+
+
+# Honest kernels: other orders of summation and other roundings that the contracts allow.
+
+
+def honest_rms_norm(x: Any, weight: Any, eps: float) -> Any:
+    """Sums of squares by halves, a division in place of rsqrt."""
+    wide = x.float()
+    half = x.shape[-1] // 2
+    squares = wide[..., :half].square().sum(-1) + wide[..., half:].square().sum(-1)
+    y = wide / (squares / x.shape[-1] + eps).sqrt()[..., None]
+    return (y if weight is None else y * weight).to(x.dtype)
+
+
+def honest_softmax(x: Any, dim: int) -> Any:
+    """By powers of 2, as kernels do."""
+    if x.shape[dim] == 0:
+        return x.clone()
+    wide = x.float()
+    e = torch.exp2((wide - wide.amax(dim, keepdim=True)) * math.log2(math.e))
+    return (e * (1 / e.sum(dim, keepdim=True))).to(x.dtype)
+
+
+def honest_linear(x: Any, weight: Any, bias: Any) -> Any:
+    """Blocks along K, added up in float32."""
+    full = weight.float() if isinstance(weight, torch.Tensor) else weight.dequantize()
+    total = torch.zeros(*x.shape[:-1], full.shape[0])
+    for part, columns in zip(x.float().split(24, -1), full.split(24, -1), strict=True):
+        total = total + part @ columns.T
+    return (total if bias is None else total + bias.float()).to(x.dtype)
+
+
+def honest_attention(q: Any, k: Any, v: Any, extra: Extra, options: Options) -> Any:
+    """Online softmax over blocks of 32 keys, weights rounded to the dtype, as FlashAttention."""
+    plain = extra == Extra(q_offset=extra.q_offset) and options.window is None
+    if not plain or options.softcap is not None or options.return_lse or 0 in k.shape:
+        return define("attention", q, k, v, extra, options)
+    share = q.shape[1] // k.shape[1]
+    wide_k, wide_v = (t.float().repeat_interleave(share, 1) for t in (k, v))
+    assert isinstance(extra.q_offset, int)
+    place = torch.arange(q.shape[2])[:, None] + extra.q_offset
+    peak = torch.full((*q.shape[:3], 1), -1e30)
+    total, y = torch.zeros_like(peak), torch.zeros(*q.shape[:3], v.shape[3])
+    for start in range(0, k.shape[2], 32):
+        scores = q.float() @ wide_k[:, :, start : start + 32].mT * options.scale
+        if options.causal:
+            hidden = torch.arange(start, start + scores.shape[-1]) > place
+            scores = scores.masked_fill(hidden, -math.inf)
+        higher = torch.maximum(peak, scores.detach().amax(-1, keepdim=True))
+        shrink, e = torch.exp(peak - higher), torch.exp(scores - higher)
+        total = total * shrink + e.sum(-1, keepdim=True)
+        y = y * shrink + e.to(q.dtype).float() @ wide_v[:, :, start : start + 32]
+        peak = higher
+    return (y / total.masked_fill(total == 0, 1.0)).to(q.dtype)
+
+
+@pytest.mark.parametrize(
+    "kernel", [honest_rms_norm, honest_softmax, honest_linear, honest_attention]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_verify_accepts_an_honest_kernel(
+    planted: Callable[[str, Kernel], Op], kernel: Kernel, dtype: torch.dtype
+) -> None:
+    name = kernel.__name__.removeprefix("honest_")
+    op = planted(name, kernel)
+    for seed in (0, 1):
+        # Of attention's samples only those that the stand-in computes itself.
+        own = (lambda found: found[0].isdigit()) if name == "attention" else (lambda found: True)
+        assert failures(op, dtype, own, seed) == []
+
+
+# The rule.
+
+
+def verdict(got: list[float], gold: list[float], plain: list[float] | None = None) -> Verdict:
+    return judge(
+        torch.tensor(got),
+        torch.tensor(gold, dtype=torch.float64),
+        torch.tensor(gold if plain is None else plain),
+        2.0,
+    )
+
+
+def test_judge_is_twice_the_definitions_error_and_two_eps() -> None:
+    eps = torch.finfo(torch.float32).eps
+    assert verdict([4.0 + 7 * eps], [4.0]).passed  # 2 eps of 4
+    assert not verdict([4.0 + 12 * eps], [4.0]).passed
+    assert verdict([4.0 + 0.0019], [4.0], [4.001]).passed
+    assert not verdict([4.0 + 0.0021], [4.0], [4.001]).passed
+
+
+@pytest.mark.parametrize(
+    ("got", "gold", "passed"),
+    [
+        ([math.nan], [math.nan], True),
+        ([1.0], [math.nan], False),
+        ([math.nan], [1.0], False),
+        ([math.inf], [math.inf], True),
+        ([-math.inf], [math.inf], False),
+        ([math.inf], [1.0], False),
+        ([math.nan], [math.inf], False),
+        ([3.0], [math.nan], False),  # whatever stands in for NaN inside
+    ],
+    ids=str,
+)
+def test_judge_values_that_are_not_finite(
+    got: list[float], gold: list[float], passed: bool
+) -> None:
+    assert verdict(got, gold).passed == passed
+    assert verdict([1.0, *got], [1.0, *gold]).passed == passed
+
+
+def test_judge_shape_dtype_and_nothing() -> None:
+    gold = torch.ones(3, dtype=torch.float64)
+    assert not judge(torch.ones(4), gold, torch.ones(3), 2.0).passed
+    assert not judge(torch.ones(3).half(), gold, torch.ones(3), 2.0).passed
+    assert judge(torch.ones(0), gold[:0], torch.ones(0), 2.0).passed
+
+
+def test_verify_sample_reports_results_and_gradients() -> None:
+    op = REGISTRY["attention"]
+    sample = next(s for s in op.samples(Draw(0)) if s.name == "no_keys")
+    verdicts = verify_sample(op, sample, torch.float32, "reference")
+    assert list(verdicts) == ["y0", "y1", "d0", "d1", "d2"]
+
+
+def test_verify_judges_forward_where_a_gradient_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A kernel without a gradient for the mask is held to all the rest."""
+    op = REGISTRY["masked_softmax"]
+
+    def refuses(x: Any, mask: Any, causal: bool, scale: float) -> list[str]:
+        return ["mask requires a gradient"] if contract.wants_gradient(mask) else []
+
+    candidate = Candidate("triton", op.reference, refuses=refuses)
+    monkeypatch.setattr(op, "candidates", (candidate, op.candidates[-1]))
+    monkeypatch.setattr(op, "chosen", {})
+    sample = next(s for s in op.samples(Draw(0)) if s.name == "float_mask")
+    assert differentiable(op, "triton", sample, torch.float32) == {0}
+    assert list(verify_sample(op, sample, torch.float32, "triton")) == ["y0", "d0"]
+    assert list(verify_sample(op, sample, torch.float32, "reference")) == ["y0", "d0", "dmask"]
+
+
+def test_verify_backend_runs_the_backend_it_is_told(
+    planted: Callable[[str, Kernel], Op],
+) -> None:
+    op = planted("softmax", softmax_without_the_maximum)
+    samples = list(op.samples(Draw(0)))
+    wrong = verify_backend(op, "triton", torch.float32, samples)
+    assert wrong.failures and wrong.worst > 1 and wrong.samples > 5
+    assert not verify_backend(op, "reference", torch.float32, samples).failures
+    absent = verify_backend(op, "cuda", torch.float32, samples)
+    assert absent.skipped == op.why_absent("cuda") and absent.samples == 0
+
+
+def test_verify_report() -> None:
+    ran = Line("softmax", "cpu", "float32", 3, 0.5, ())
+    skipped = Line("softmax", "cuda", "float32", 0, 0.0, (), "no CUDA kernel yet")
+    failed = Line("softmax", "cpu", "float32", 3, 7.0, ("strided y0: error 7, bound 1",))
+    assert Report([ran, skipped]).passed
+    assert not Report([ran, failed]).passed
+    assert not Report([skipped]).passed and not Report().passed  # nothing ran: nothing passed
+    text = str(Report([ran, failed, skipped]))
+    assert "1 passed, 1 failed, 1 skipped" in text
+    assert "FAILED: strided y0: error 7" in text and "skipped: no CUDA kernel yet" in text
+
+
+@pytest.mark.slow
+def test_verify_this_machine() -> None:
+    report = verify()
+    assert report.passed, str(report)
+    assert {line.op for line in report} == set(REGISTRY)
+    assert dispatch.forced is None
+
+
+def test_verify_leaves_the_generator_alone() -> None:
+    op, before = REGISTRY["attention"], torch.get_rng_state()
+    sample = next(s for s in op.samples(Draw(0)) if s.name == "dropout_0.1")
+    assert verify_sample(op, sample, torch.float32, "reference")["y0"].passed
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_judge_accepts_torchs_own_layer_norm() -> None:
+    """torch's own layer_norm, another implementation by other people, passes."""
+    x, weight = torch.randn(4, 65), torch.randn(65)
+    gold = REGISTRY["layer_norm"].reference(x.double(), weight.double(), None, 1e-5)
+    plain = REGISTRY["layer_norm"].reference(x, weight, None, 1e-5)
+    assert judge(F.layer_norm(x, (65,), weight), gold, plain, 2.0).passed
