@@ -8,19 +8,23 @@ BIN = $(VENV)/bin
 SOURCES = $(shell find csrc kernels llmcore -name '*.cpp' -o -name '*.h' -o -name '*.py')
 PACKAGING = pyproject.toml setup.py Makefile scripts/install_torch.py
 
-.PHONY: demo test test-all bench check format build clean
+.PHONY: demo test test-all bench model check format build clean
 
 demo: $(VENV)/installed
 	$(BIN)/llmcore demo
 
-test: $(VENV)/installed
+test: $(VENV)/installed model
 	$(BIN)/python -m pytest
 
-test-all: $(VENV)/installed
+test-all: $(VENV)/installed model
 	$(BIN)/python -m pytest -m ''
 
 bench: $(VENV)/installed
 	$(BIN)/llmcore bench
+
+# The real model that some tests need; without a network they are skipped, with the reason.
+model: $(VENV)/installed
+	-$(BIN)/python -c 'from llmcore.models import smollm2; smollm2.obtain()'
 
 # Formatting, lint, types.
 check: $(VENV)/installed

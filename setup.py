@@ -21,7 +21,7 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 # The names and their order are csrc/ops.h's LLMCORE_LEVELS.
-LEVELS = {"portable": []} | (
+LEVELS: dict[str, list[str]] = {"portable": []} | (
     {
         "avx2": AVX2,
         "avx512": AVX512,
@@ -33,7 +33,7 @@ LEVELS = {"portable": []} | (
 
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS]
-# No -ffast-math: NaN and inf go through as in torch. No contraction: vec.h says where an FMA stands.
+# No -ffast-math: NaN and inf go through as in torch. No contraction: vec.h says where an FMA is.
 # GCC's own AVX-512 headers set off -Wmaybe-uninitialized.
 KERNEL = [
     *("-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-fno-trapping-math"),
@@ -115,13 +115,18 @@ def ninja_command() -> list[str]:
     return [found] if found else [sys.executable, "-m", "ninja"]
 
 
-class PackageWithKernels(build_py):
-    """Puts the modules of the top-level folder kernels/ into llmcore.kernels."""
+# Top-level folders whose modules a wheel holds in the package of that name.
+TOP_LEVEL = {"llmcore.kernels": "kernels", "llmcore.benchmarks": "benchmarks"}
+
+
+class PackageWithTopLevelFolders(build_py):
+    """Puts the modules of the top-level folders into their packages."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         modules = super().find_package_modules(package, package_dir)
-        if package == "llmcore.kernels":
-            found = sorted((ROOT / "kernels").glob("*.py"))
+        folder = TOP_LEVEL.get(package)
+        if folder is not None:
+            found = sorted((ROOT / folder).glob("*.py"))
             modules += [(package, source.stem, str(source.relative_to(ROOT))) for source in found]
         return modules
 
@@ -131,5 +136,5 @@ if __name__ == "__main__":
         packages=find_packages(include=["llmcore", "llmcore.*"]),
         package_data={"llmcore": ["py.typed"]},
         ext_modules=[Extension("llmcore._native", sources=[])],
-        cmdclass={"build_ext": NinjaBuild, "build_py": PackageWithKernels},
+        cmdclass={"build_ext": NinjaBuild, "build_py": PackageWithTopLevelFolders},
     )

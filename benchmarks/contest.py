@@ -31,6 +31,9 @@ COARSE = 0.25
 """A peer's error that still counts as rounding, as a share of the largest value: torch's bfloat16
 layer_norm has dweight off by 7 % at 4096 x 768."""
 
+QUIET = 0.95
+"""The share of the cores from which on a result counts as undisturbed."""
+
 DEFINITION, TORCH, OURS = "definition", "torch", "llmcore"
 """Whose a contender is."""
 
@@ -74,6 +77,7 @@ class Result:
     """A case on so many threads: its contenders, its limit's name and rate.
 
     The rate is in bytes or operations a second; None without native kernels, and `limit` says why.
+    `cores` is the share of the threads' cores that this process had.
     """
 
     case: Case
@@ -81,6 +85,7 @@ class Result:
     limit: str
     rate: float | None
     entries: list[Entry] = field(default_factory=list)
+    cores: float | None = None
 
     def share(self, entry: Entry) -> float | None:
         """The part of this machine's limit that a contender reaches."""
@@ -97,6 +102,11 @@ class Result:
         """How many times as fast as torch's best a contender is."""
         best = self.best(TORCH)
         return None if best is None or entry.timing is None else best.seconds / entry.seconds
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether other processes ran on the cores meanwhile."""
+        return self.cores is not None and self.cores < QUIET
 
     @property
     def failed(self) -> bool:
@@ -162,7 +172,7 @@ def on_backend(backend: str) -> Callable[[], AbstractContextManager[Any]]:
 
 def line_up(case: Case, settings: Settings) -> Iterator[Ready | Entry]:
     """Everyone who takes part in a case, and an entry for each of ours that cannot."""
-    op = dispatch.find(case.bench.op)
+    op = dispatch.REGISTRY[case.bench.op]
     if case.mode != INTO:  # the definition takes no out
         yield Ready("definition", DEFINITION, functools.partial(make_call(case.mode), op.define))
     for peer in case.bench.peers(case.shape):
@@ -208,7 +218,7 @@ class Yardstick:
     """The definition's results on one set of data, in float64 and in the dtype itself."""
 
     def __init__(self, case: Case, sample: Sample) -> None:
-        define = dispatch.find(case.bench.op).define
+        define = dispatch.REGISTRY[case.bench.op].define
         dtype, make = DTYPES[case.dtype], make_call(case.mode, has_out=False)
         # The same rounded inputs, widened: rounding them is not a contender's error.
         args, options = sample.cast(dtype)
@@ -277,14 +287,16 @@ def hold(case: Case, threads: int, settings: Settings) -> Result:
         if native.module is not None:
             limit = roofline.limit(work.bound, dtype, work.bytes, case.shape.sets)
         contenders = [contender for _, contender in admitted if contender is not None]
+        before = roofline.cores_had() if limit else None
         timings = measure(([limit.contender()] if limit else []) + contenders, settings.plan)
+        cores = min(before, roofline.cores_had()) if before is not None else None
     rate = limit.rate(timings.pop(0)) if limit else None
     remaining = iter(timings)
     entries = [
         entry if contender is None else with_timing(entry, next(remaining))
         for entry, contender in admitted
     ]
-    return Result(case, threads, limit.name if limit else native.why_not, rate, entries)
+    return Result(case, threads, limit.name if limit else native.why_not, rate, entries, cores)
 
 
 def with_timing(entry: Entry, timing: Timing) -> Entry:

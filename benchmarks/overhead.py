@@ -38,7 +38,7 @@ class Cost:
 def ways(bench: Bench) -> Iterator[tuple[str, str, Contender]]:
     """Way, state and contender of everything that is timed for an op."""
     sample = bench.sample(bench.tiny, Draw(0))
-    op = dispatch.find(bench.op)
+    op = dispatch.REGISTRY[bench.op]
     if not why_not(op, "cpu"):
         candidate = op.candidate("cpu")
         assert candidate is not None

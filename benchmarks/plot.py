@@ -16,6 +16,12 @@ COLOURS = {
 }
 """A side's contenders take its colours in turn."""
 
+MOST_PIXELS = 16_000
+"""Of the picture's height."""
+
+WIDEST = 1.25
+"""Shares above are noise; their bars are cut there."""
+
 
 def colours(results: Sequence[Result]) -> dict[str, str]:
     """One colour for each contender of an op, and so the order of its bars and its legend."""
@@ -55,13 +61,14 @@ def draw(report: Report, path: Path) -> str:
         layout="constrained",
         squeeze=False,
     )
+    tallest = figure.get_size_inches()[1]
     for line, op in zip(axes, ops, strict=True):
         for axis, n in zip(line, threads, strict=True):
             panel(axis, groups[op, n], colours([r for r in results if r.case.bench.op == op]))
             axis.set_title(f"{op}, {on_threads(n)}", loc="left", fontsize=10)
     figure.suptitle(title(report), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=min(110, MOST_PIXELS / tallest))
     pyplot.close(figure)
     return f"plot: {path}"
 
@@ -70,7 +77,7 @@ def title(report: Report) -> str:
     machine = report.machine
     versions = machine["versions"]
     return (
-        f"Share of this machine's limit (longer is better): {machine['cpu']}, "
+        f"Share of this machine's limit (longer is better)\n{machine['cpu']}, "
         f"{machine['cores']} cores, torch {versions['torch']}, llmcore {versions['llmcore']} "
         f"({machine['commit'] or 'no commit'})"
     )
@@ -78,8 +85,9 @@ def title(report: Report) -> str:
 
 def panel(axis: Any, results: Sequence[Result], shades: dict[str, str]) -> None:
     """Bars grouped by case, the first at the top."""
+    from matplotlib import patches
+
     at, ticks, labels, highest = 0.0, [], [], 1.0
-    drawn = set()
     for result in results:
         first = at
         for name, shade in shades.items():
@@ -87,19 +95,20 @@ def panel(axis: Any, results: Sequence[Result], shades: dict[str, str]) -> None:
             share = None if entry is None else result.share(entry)
             if share is None:
                 continue
-            label = None if name in drawn else name
-            axis.barh(at, 100 * share, height=0.92, color=shade, label=label)
-            axis.text(100 * share + 0.6, at, f"{100 * share:.0f}", va="center", fontsize=6)
-            drawn.add(name)
-            highest = max(highest, share)
+            length = 100 * min(share, WIDEST)
+            axis.barh(at, length, height=0.92, color=shade)
+            axis.text(length + 0.6, at, f"{100 * share:.0f}", va="center", fontsize=6)
+            highest = max(highest, length / 100)
             at += 1
         ticks.append((first + at - 1) / 2)
-        labels.append(f"{result.case.shape.label}\n{result.case.dtype} {result.case.mode}")
+        case = result.case
+        labels.append(f"{case.shape.label}\n{case.dtype} {case.mode}\nof {result.limit}")
         at += 1
     axis.set_yticks(ticks, labels, fontsize=7)
     axis.set_ylim(at - 0.5, -1)
     axis.set_xlim(0, 106 * highest)
     axis.axvline(100, color="black", linewidth=0.8)
     axis.tick_params(axis="x", labelsize=7)
-    axis.set_xlabel("% of the copy or read bandwidth, or of the multiply-add peak", fontsize=7)
-    axis.legend(fontsize=7, loc="lower right")
+    axis.set_xlabel("% of the limit", fontsize=7)
+    handles = [patches.Patch(color=shade, label=name) for name, shade in shades.items()]
+    axis.legend(handles=handles, fontsize=6, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)

@@ -62,6 +62,7 @@ def case_json(result: Result) -> dict[str, Any]:
         "bound": work.bound,
         "limit": result.limit,
         "limit_rate": None if result.rate is None else result.rate / 1e9,
+        "cores_had": result.cores,
         "contenders": [entry_json(result, entry) for entry in result.entries],
     }
 
@@ -98,7 +99,10 @@ def headline(result: Result) -> str:
     need = f"{work.amount / 1e9:.3g} {work.unit.removesuffix('/s')}"
     if result.rate is None:
         return f"    {need}; limit unknown: {result.limit}"
-    return f"    {need}; limit: {result.limit}, {result.rate / 1e9:.1f} {work.unit}"
+    line = f"    {need}; limit: {result.limit}, {result.rate / 1e9:.1f} {work.unit}"
+    if result.is_noisy and result.cores is not None:
+        line += f"; NOISY: this process had {100 * result.cores:.0f} % of its cores"
+    return line
 
 
 def case_lines(result: Result) -> Iterator[str]:
@@ -145,6 +149,9 @@ def overhead_lines(costs: Sequence[Cost]) -> Iterator[str]:
 
 def summary_lines(results: Sequence[Result]) -> Iterator[str]:
     """Where llmcore is the faster, and every case where torch is, or where something is missing."""
+    noisy = sum(result.is_noisy for result in results)
+    if noisy:
+        yield f"  NOISY: in {noisy} of {len(results)} cases other processes ran on the cores"
     for op in dict.fromkeys(result.case.bench.op for result in results):
         mine = [r for r in results if r.case.bench.op == op]
         ratios = {r: ratio for r in mine if (ratio := best_ratio(r)) is not None}
@@ -169,7 +176,8 @@ def on_threads(count: int) -> str:
 
 
 def place(result: Result) -> str:
-    return f"{result.case.label}, {on_threads(result.threads)}"
+    noisy = " (noisy)" if result.is_noisy else ""
+    return f"{result.case.label}, {on_threads(result.threads)}{noisy}"
 
 
 def best_ratio(result: Result) -> float | None:

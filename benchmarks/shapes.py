@@ -48,6 +48,7 @@ class Heads:
 
     @property
     def label(self) -> str:
+        """B x H/G x T:S x D; G where it is not H, S where it is not T."""
         heads = f"{self.H}" if self.H == self.G else f"{self.H}/{self.G}"
         length = f"{self.T}" if self.T == self.S else f"{self.T}:{self.S}"
         marks = (" causal" if self.causal else "") + (" cold" if self.sets > 1 else "")

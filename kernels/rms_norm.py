@@ -91,7 +91,7 @@ def backward(
     need_dx: bool,
     need_dweight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dx (..., C) and dweight (C), float32. Both are made whichever is needed: one pass gives them."""
+    """dx (..., C) and dweight (C), float32: one pass gives both, whichever is needed."""
     x, dy = x.contiguous(), dy.contiguous()
     width = x.shape[-1]
     rows = x.numel() // max(width, 1)

@@ -1,9 +1,25 @@
-"""llmcore: fused transformer kernels for CPU and GPU, verified against plain PyTorch."""
+"""llmcore: fused transformer kernels for CPU and GPU, verified against plain PyTorch.
 
-from llmcore import ops
+`llmcore.ops` holds the ops, `llmcore.models` the thin transformer, `llmcore.text` its tokenizer.
+"""
+
+from llmcore import models, ops, text
 from llmcore.dispatch import backends, explain, use
+from llmcore.generate import generate, stream
 from llmcore.ops.linear import PackedWeight, pack
 from llmcore.verify import verify
 
 __version__ = "0.1.0"
-__all__ = ["PackedWeight", "backends", "explain", "ops", "pack", "use", "verify"]
+__all__ = [
+    "PackedWeight",
+    "backends",
+    "explain",
+    "generate",
+    "models",
+    "ops",
+    "pack",
+    "stream",
+    "text",
+    "use",
+    "verify",
+]

@@ -31,6 +31,10 @@ forced: str | None = os.environ.get("LLMCORE_BACKEND") or None
 REGISTRY: dict[str, Op] = {}
 """Every op by name."""
 
+MAPPED: dict[str, tuple[Op, Callable[..., tuple[Any, ...]]]] = {}
+"""Public functions that are a call of another op: name -> that op, and the function that makes its
+arguments of theirs."""
+
 
 class BackendError(RuntimeError):
     """A forced backend cannot run this call; the message has its reasons."""
@@ -265,6 +269,8 @@ def backends() -> Backends:
     for name, op in REGISTRY.items():
         found = {backend: op.candidate(backend) for backend in BACKENDS}
         table[name] = {b: op.why_absent(b) if c is None else c.machine for b, c in found.items()}
+    for name, (op, _) in MAPPED.items():
+        table[name] = dict(table[op.name])
     return table
 
 
@@ -291,9 +297,16 @@ def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> Explana
     `op` is a public function of llmcore.ops or its name. Raises what the call itself would raise
     for bad arguments.
     """
-    found = find(op)
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name in MAPPED:
+        found, arguments = MAPPED[name]
+    elif name in REGISTRY:
+        found = REGISTRY[name]
+        arguments = found.arguments
+    else:
+        raise ValueError(f"op: got {name!r}, expected one of {', '.join((*REGISTRY, *MAPPED))}")
     with torch.random.fork_rng(devices=[]):  # a seed for dropout is drawn, and given back
-        call = found.arguments(*args, **options)
+        call = arguments(*args, **options)
     chosen = found._choose(*call)
     reasons = {}
     for backend in BACKENDS:
@@ -302,11 +315,3 @@ def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> Explana
             [found.why_absent(backend)] if candidate is None else candidate.reasons(*call)
         )
     return Explanation(found.name, chosen.backend, reasons)
-
-
-def find(op: str | Callable[..., Any]) -> Op:
-    """An op by its name or its public function; ValueError when there is none such."""
-    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    if name not in REGISTRY:
-        raise ValueError(f"op: got {name!r}, expected one of {', '.join(REGISTRY)}")
-    return REGISTRY[name]

@@ -3,8 +3,8 @@
 Usage: python scripts/install_torch.py [REQUIREMENT]
 
 On Linux the package index serves the CUDA build, several GB, by default. Without a GPU this asks
-pip what it would install, and if that is CUDA, leaves the choice of the CPU build to uv, which knows
-PyTorch's own indexes. A torch that satisfies the requirement already is left alone.
+pip what it would install, and if that is CUDA, leaves the choice of the CPU build to uv, which
+knows PyTorch's own indexes. A torch that satisfies the requirement already is left alone.
 """
 
 import json
@@ -19,7 +19,9 @@ REQUIREMENT = "torch==2.13.0"
 def pip(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pip", *arguments]
     capture = "--dry-run" in arguments
-    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE if capture else None)
+    return subprocess.run(
+        command, check=True, text=True, stdout=subprocess.PIPE if capture else None
+    )
 
 
 def installed(requirement: str) -> bool:

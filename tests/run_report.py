@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from llmcore import dispatch, native
+from llmcore import device, dispatch, native
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -52,8 +52,10 @@ def backend(request: pytest.FixtureRequest, one_thread: None) -> Iterator[str]:
     if request.param == "best":
         name = request.module.__name__.removeprefix("test_")
         name = "attention" if name == "scaled_dot_product_attention" else name
-        if dispatch.REGISTRY[name].candidates[0].backend == "reference":
-            pytest.skip("the definition is the only candidate")
+        op = dispatch.REGISTRY[name]
+        candidate = op.candidate("cpu")
+        if why := op.why_absent("cpu") if candidate is None else candidate.machine:
+            pytest.skip(why)
         yield "best"
         return
     with dispatch.use("reference"):
@@ -103,6 +105,8 @@ def table(ran: dict[tuple[str, str], int], skipped: dict[tuple[str, str], str]) 
     lines += [f"({number}) {why}" for why, number in notes.items()]
     executed = [b for b in backends if any(pair[1] == b for pair in ran)]
     not_executed = [b for b in dispatch.BACKENDS if b not in executed]
+    if "triton" in executed and device.triton_is_interpreted():
+        lines.append("triton ran in its interpreter, on the CPU")
     lines.append(f"executed: {', '.join(executed) or 'nothing'}")
     lines.append(f"NOT executed: {', '.join(not_executed) or 'nothing'}")
     return lines

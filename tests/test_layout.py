@@ -1,5 +1,5 @@
-"""The layout as README tells it: every op has its places or a sentence for each it lacks, and arrows
-go one way."""
+"""The layout as README tells it: every op has its places, or a sentence for each it lacks, and
+arrows go one way."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LAYERS = (
     ("verify", "text"),
     ("models",),
     ("generate",),
-    ("bench", "demo"),
+    ("benchmarks", "demo", "verify_command"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -46,7 +46,9 @@ def test_layout_places(op: str) -> None:
             missing = [p for p in places if not (ROOT / p.format(op=op)).is_file()]
             assert not missing, f"{op} has a {family} kernel, but not {missing}"
         else:
-            assert REGISTRY[op].absent.get(family), f"{op}: no sentence on why it has no {family} kernel"
+            assert REGISTRY[op].absent.get(family), (
+                f"{op}: no sentence on why it has no {family} kernel"
+            )
 
 
 @pytest.mark.parametrize("op", REGISTRY)

@@ -1,4 +1,4 @@
-"""The native kernels under the sanitizers: tests/native/exercise.cpp, built with each, must run clean."""
+"""The native kernels under the sanitizers: tests/native/exercise.cpp must run clean with each."""
 
 from __future__ import annotations
 

@@ -34,30 +34,6 @@ struct Range {
 // Keeps the compiler from merging passes over the same memory.
 INLINE void memory_may_change() { asm volatile("" ::: "memory"); }
 
-// sum += products of bfloat16 pairs: the CPU's own instruction for it where there is one.
-#if defined(__AVX512BF16__)
-constexpr int64_t PAIR_PRODUCTS = 2 * LANES;
-INLINE vec add_pair_products(vec sum, vec a, vec b) {
-  return vec(_mm512_dpbf16_ps(__m512(sum), __m512bh(a), __m512bh(b)));
-}
-#else
-constexpr int64_t PAIR_PRODUCTS = 0;
-INLINE vec add_pair_products(vec sum, vec, vec) { return sum; }
-#endif
-
-// A store that leaves the caches alone; `p` is aligned to a vector.
-INLINE void store_past_caches(float* p, vec v) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(p, __m512(v));
-#elif defined(__AVX2__)
-  _mm256_stream_ps(p, __m256(v));
-#elif defined(__SSE__)
-  __builtin_ia32_movntps(p, v);
-#else
-  store(p, v);
-#endif
-}
-
 // Each chain's values stay near 1, so that no number becomes slow to compute with.
 template <class Step>
 float run_chains(int64_t rounds, const Step& step) {
@@ -116,7 +92,7 @@ bool roofline_bf16_pairs(const RooflineChains& a) {
     a.result[t] =
         run_chains(a.rounds, [=](vec v) __attribute__((always_inline)) { return add_pair_products(v, factor, term); });
   });
-  *a.operations = 2 * PAIR_PRODUCTS * CHAINS * a.rounds * runtime.threads();
+  *a.operations = (HAS_BFLOAT16_PAIRS ? 4 : 0) * LANES * CHAINS * a.rounds * runtime.threads();
   return true;
 }
 

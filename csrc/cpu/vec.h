@@ -169,6 +169,35 @@ INLINE void store(T* p, vec v) {
   }
 }
 
+// A store that leaves the caches alone; `p` is aligned to a vector. Such stores are ordered by a fence only.
+INLINE void store_past_caches(float* p, vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, __m512(v));
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, __m256(v));
+#elif defined(__SSE__)
+  __builtin_ia32_movntps(p, v);
+#else
+  store(p, v);
+#endif
+}
+
+// sum + a0 * b0 + a1 * b1, where each lane of a and b holds the bits of two bfloat16. HAS_BFLOAT16_PAIRS: the CPU has
+// an instruction for it.
+#if defined(__AVX512BF16__)
+constexpr bool HAS_BFLOAT16_PAIRS = true;
+INLINE vec add_pair_products(vec sum, vec a, vec b) {
+  return vec(_mm512_dpbf16_ps(__m512(sum), __m512bh(a), __m512bh(b)));
+}
+#else
+constexpr bool HAS_BFLOAT16_PAIRS = false;
+INLINE vec add_pair_products(vec sum, vec a, vec b) {
+  const auto even = [](vec v) { return bits_of<vec>(bits_of<uvec>(v) << 16); };
+  const auto odd = [](vec v) { return bits_of<vec>(bits_of<uvec>(v) & 0xffff0000u); };
+  return fma(odd(a), odd(b), fma(even(a), even(b), sum));
+}
+#endif
+
 // The first n < LANES values, zeros behind them; nothing is read or written past p + n.
 template <class T>
 INLINE vec load_partial(const T* p, int64_t n) {

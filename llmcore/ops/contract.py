@@ -235,8 +235,10 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 
     As there, float64 and integers stay, and so does what is no tensor.
     """
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     first = next((t for t in tensors if isinstance(t, torch.Tensor)), None)
-    if first is None or not torch._C._is_any_autocast_enabled():
+    if first is None:
         return tensors
     kind = first.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):

@@ -11,9 +11,50 @@ Source: torch.nn.functional.scaled_dot_product_attention's documentation.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from llmcore.ops.attention import attention
+from llmcore.dispatch import MAPPED
+from llmcore.ops.attention import OP, attention
+
+
+def mapped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[torch.Size, tuple[torch.Tensor, ...], dict[str, Any]]:
+    """The result's leading axes; q, k, v and the options of the call of attention."""
+    if attn_mask is not None and is_causal:
+        raise ValueError("attn_mask: given together with is_causal=True, expected one of the two")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.ndim < 2:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected (..., length, D)")
+    shape = leading(query, key, value, enable_gqa)
+    qkv = (
+        as_four_axes(query, shape),
+        as_four_axes(key, shape, enable_gqa),
+        as_four_axes(value, shape, enable_gqa),
+    )
+    mask = mask_of(attn_mask, (*shape, query.shape[-2], key.shape[-2]))
+    options = {"mask": mask, "causal": is_causal, "scale": scale, "dropout_p": dropout_p}
+    return shape, qkv, {**options, "q_offset": 0}
+
+
+def arguments(*args: Any, **options: Any) -> tuple[Any, ...]:
+    """The arguments of attention's kernels."""
+    _, qkv, mapped_options = mapped(*args, **options)
+    return OP.arguments(*qkv, **mapped_options)
+
+
+MAPPED["scaled_dot_product_attention"] = (OP, arguments)
 
 
 def scaled_dot_product_attention(
@@ -34,24 +75,10 @@ def scaled_dot_product_attention(
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
     """
-    if attn_mask is not None and is_causal:
-        raise ValueError("attn_mask: given together with is_causal=True, expected one of the two")
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.ndim < 2:
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected (..., length, D)")
-    shape = leading(query, key, value, enable_gqa)
-    y: torch.Tensor = attention(
-        as_four_axes(query, shape),
-        as_four_axes(key, shape, enable_gqa),
-        as_four_axes(value, shape, enable_gqa),
-        mask=mask_of(attn_mask, (*shape, query.shape[-2], key.shape[-2])),
-        causal=is_causal,
-        scale=scale,
-        q_offset=0,
-        dropout_p=dropout_p,
+    shape, qkv, options = mapped(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     )
+    y: torch.Tensor = attention(*qkv, **options)
     return y.reshape(*shape, *y.shape[-2:])
 
 

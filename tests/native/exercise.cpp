@@ -1,6 +1,6 @@
-// Runs every native kernel of every level that this machine runs, on buffers of exactly the right size, for a sanitizer to
-// watch: odd widths, empty tensors, every dtype and option, two threads. Prints what ran; the sanitizer ends the process at
-// the first fault. Values are tested elsewhere: here only NaN-free results are asked for.
+// Runs every native kernel of every level that this machine runs, on buffers of exactly the right size, for a sanitizer
+// to watch: odd widths, empty tensors, every dtype and option, two threads. Prints what ran; the sanitizer ends the
+// process at the first fault. Values are tested elsewhere: here only NaN-free results are asked for.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -72,12 +72,13 @@ void exercise_rows(const Kernels& kernels, int64_t rows, int64_t width, Dtype dt
     require_numbers(dweight, width, "rms_norm_backward: NaN");
     require(kernels.layer_norm_forward({x, w, bias, y, rows, width, 1e-5f, dtype, dtype, Dtype::float32}),
             "layer_norm_forward");
-    require(kernels.layer_norm_backward(
-                {dy, x, w, dx, dweight.floats(), dbias.floats(), rows, width, 1e-5f, dtype, dtype}),
-            "layer_norm_backward");
+    require(
+        kernels.layer_norm_backward({dy, x, w, dx, dweight.floats(), dbias.floats(), rows, width, 1e-5f, dtype, dtype}),
+        "layer_norm_backward");
     require_numbers(dbias, width, "layer_norm_backward: NaN");
   }
-  require(kernels.rms_norm_backward({dy, x, nullptr, dx, nullptr, rows, width, 1e-6f, dtype, dtype}), "without dweight");
+  require(kernels.rms_norm_backward({dy, x, nullptr, dx, nullptr, rows, width, 1e-6f, dtype, dtype}),
+          "without dweight");
   require(kernels.softmax_forward({x, y, rows, width, dtype}), "softmax_forward");
   require(kernels.softmax_backward({dy, y, dx, rows, width, dtype}), "softmax_backward");
 }

@@ -487,3 +487,27 @@ def test_attention_errors(argument: str, change: dict[str, Any]) -> None:
     for _ in range(2):  # what a call was refused for is not forgotten
         with pytest.raises((TypeError, ValueError), match=f"^{argument}"):
             ops.attention(**call)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ({"q_offset": torch.tensor([1, 2])}, {"q_offset": torch.tensor([1])}),
+        ({"q_offset": 1}, {"q_offset": torch.tensor([1])}),
+        ({"kv_lengths": torch.tensor([1, 2])}, {"kv_lengths": torch.tensor([1])}),
+        ({"mask": torch.ones(7, 11)}, {"mask": torch.ones(7, 11).half()}),
+        ({"sinks": torch.ones(4)}, {"sinks": torch.ones(3)}),
+        ({"alibi_slopes": torch.ones(4)}, {"alibi_slopes": torch.ones(3)}),
+        ({"window": (1, 0)}, {"window": (-1, 0)}),
+        ({}, {"dropout_p": 2.0}),
+    ],
+    ids=lambda value: next(iter(value), "none"),
+)
+def test_attention_a_good_call_does_not_let_a_bad_one_pass(
+    good: dict[str, Any], bad: dict[str, Any]
+) -> None:
+    """The check runs once for each key, so the key must hold all that it depends on."""
+    q, k, v = qkv()
+    ops.attention(q, k, v, **good)
+    with pytest.raises((TypeError, ValueError), match=f"^{next(iter(bad))}: "):
+        ops.attention(q, k, v, **bad)

@@ -1,0 +1,326 @@
+"""The benchmarks: their arithmetic, their order, that they verify before they time.
+
+No test asserts a time that was measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmcore import cli, dispatch, native, verify_command
+from llmcore.benchmarks import cases, command, contest, machine, plot, report, roofline, shapes
+from llmcore.benchmarks import timing as times
+from llmcore.verify import Line, Report
+
+Contender, Plan, Timing = times.Contender, times.Plan, times.Timing
+PLAN = Plan(warm_up=0.0, turn=1e-5, total=0.0, fewest_rounds=2, most_rounds=2)
+SETTINGS = contest.Settings(PLAN, compile=False)
+OPS = sorted(cases.benches())
+
+needs_native = pytest.mark.skipif(native.module is None, reason=native.why_not)
+
+
+@pytest.fixture(autouse=True)
+def small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The roofline's probes, with next to nothing to do."""
+    monkeypatch.setattr(roofline, "CHAIN_ROUNDS", 100)
+    monkeypatch.setattr(roofline, "SMALL_BYTES", 1 << 12)
+    monkeypatch.setattr(roofline, "CHOOSING", PLAN)
+    monkeypatch.setattr(roofline, "SIZES", {"L1": 1 << 12})
+
+
+class Clock:
+    """Time that only passes in calls."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def call(self, name: str, seconds: float) -> Any:
+        def run() -> None:
+            self.now += seconds
+            self.log.append(name)
+
+        return run
+
+
+def small(op: str) -> cases.Bench:
+    """An op's bench with its tiny shape alone."""
+    bench = cases.benches()[op]
+    modes = bench.shapes[0].modes
+    return dataclasses.replace(bench, shapes=(dataclasses.replace(bench.tiny, modes=modes),))
+
+
+def small_case(op: str, mode: str = shapes.FORWARD, dtype: str = "fp32") -> cases.Case:
+    bench = small(op)
+    return cases.Case(bench, bench.shapes[0], dtype, mode)
+
+
+def test_bench_quantiles() -> None:
+    assert times.quantile([3.0], 0.5) == 3.0
+    assert times.quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
+    assert times.quantile([1.0, 2.0, 3.0, 4.0, 5.0], 0.25) == 2.0
+    timing = Timing((5.0, 1.0, 2.0, 4.0, 3.0), 1)
+    assert (timing.median, timing.quartiles) == (3.0, (2.0, 4.0))
+
+
+def test_bench_turns_interleave() -> None:
+    orders = [times.turns(4, number) for number in range(50)]
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
+    assert orders == [times.turns(4, number) for number in range(50)]
+    followers = {(a, b) for order in orders for a, b in itertools.pairwise(order)}
+    assert len(followers) == 12  # everyone follows everyone
+
+
+def test_bench_measures_what_the_clock_says() -> None:
+    clock = Clock()
+    plan = Plan(warm_up=1.0, turn=0.8, total=10.0, fewest_rounds=3, most_rounds=50)
+    contenders = [
+        Contender("short", clock.call("short", 0.2)),
+        Contender("long", clock.call("long", 1.5)),
+    ]
+    short, long = times.measure(contenders, plan, clock)
+    assert (short.calls, long.calls) == (4, 1)
+    assert short.median == pytest.approx(0.2) and long.median == pytest.approx(1.5)
+    rounds = int(10.0 / (5 * 0.2 + 1.5))  # the short one's turn has one more call, untimed
+    assert len(short.seconds) == len(long.seconds) == rounds
+    warm = ["short"] * 5 + ["long"] * 2  # by time, and at least twice
+    assert clock.log[: len(warm)] == warm
+    rest = clock.log[len(warm) :]
+    assert rest.count("short") == 5 * rounds and rest.count("long") == rounds
+
+
+def test_bench_rounds_keep_to_the_plan() -> None:
+    plan = Plan(total=2.0, fewest_rounds=5, most_rounds=20)
+    assert times.rounds_in(plan, 0.25) == 8
+    assert times.rounds_in(plan, 3.0) == 5
+    assert times.rounds_in(plan, 1e-6) == 20
+    assert times.calls_in(0.004, 0.001) == 4 and times.calls_in(0.004, 1.0) == 1
+
+
+def test_bench_bytes_and_operations() -> None:
+    benches = cases.benches()
+    rows = shapes.Rows("test", 10, 8)
+    assert benches["rms_norm"].work(rows, 4, shapes.FORWARD).bytes == 4 * (2 * 80 + 8)
+    assert benches["rms_norm"].work(rows, 2, shapes.BACKWARD).bytes == 2 * (3 * 80 + 2 * 8)
+    assert benches["layer_norm"].work(rows, 4, shapes.INTO).bytes == 4 * (2 * 80 + 2 * 8)
+    assert benches["softmax"].work(rows, 2, shapes.BACKWARD) == cases.Work(480, 320, "copy")
+    full = shapes.Heads("test", 2, 4, 2, 16, 16, 8)
+    work = benches["attention"].work(full, 4, shapes.FORWARD)
+    assert work.flops == 4 * 2 * 4 * 16 * 16 * 8 and work.bound == "fma"
+    assert work.bytes == 4 * (2 * 2 * 4 * 16 * 8 + 2 * 2 * 2 * 16 * 8)
+    causal = dataclasses.replace(full, causal=True)
+    assert causal.pairs == 2 * 4 * (16 * 17 // 2)
+    assert dataclasses.replace(causal, T=3).pairs == 2 * 4 * (14 + 15 + 16)
+    backward = benches["attention"].work(causal, 2, shapes.BACKWARD)
+    assert backward.flops == 10 * causal.pairs * 8
+    decode = dataclasses.replace(full, T=1, S=100)
+    assert benches["attention"].work(decode, 4, shapes.FORWARD).bound == "read"
+
+
+def test_bench_every_bench_is_found_and_drawn_as_it_says() -> None:
+    assert {"attention", "layer_norm", "rms_norm", "softmax"} <= set(OPS)
+    for op in OPS:
+        assert op in dispatch.REGISTRY
+        bench = cases.benches()[op]
+        assert any(shape.quick for shape in bench.shapes), op
+        labels = [shape.label for shape in bench.shapes]
+        assert len(set(labels)) == len(labels), op
+        assert len(list(cases.cases(bench, ("fp32", "bf16"), quick=True))) < 16, op
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bench_every_mode_is_timed(op: str) -> None:
+    for case in cases.cases(small(op), ("fp32", "bf16"), quick=False):
+        result = contest.hold(case, 1, SETTINGS)
+        sides = {entry.side for entry in result.entries if entry.timing is not None}
+        wanted = {contest.TORCH} | ({contest.OURS} if native.module is not None else set())
+        assert wanted <= sides, f"{case.label}: {result.entries}"
+        assert not result.failed
+        assert (result.rate is None) == (native.module is None)
+
+
+@needs_native
+@pytest.mark.parametrize("mode", [shapes.FORWARD, shapes.BACKWARD])
+def test_bench_refuses_a_broken_kernel(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = dispatch.REGISTRY["rms_norm"]
+    right = op.candidate("cpu")
+    assert right is not None and right.backward is not None
+    forward, backward = right.forward, right.backward
+    wrong = dataclasses.replace(
+        right,
+        forward=lambda *args: forward(*args) * 1.001,
+        backward=lambda *args: tuple(d * 1.01 for d in backward(*args)),
+    )
+    monkeypatch.setattr(op, "candidates", (wrong, *op.candidates[1:]))
+    monkeypatch.setattr(op, "chosen", {})
+    result = contest.hold(small_case("rms_norm", mode), 1, SETTINGS)
+    ours = next(e for e in result.entries if e.side == contest.OURS)
+    assert ours.timing is None and ours.error is not None and ours.error > 1
+    assert "times the yardstick's bound" in ours.why_not
+    assert result.failed and result.best(contest.TORCH) is not None
+    assert any("FAILED" in line for line in report.case_lines(result))
+
+
+def test_bench_leaves_out_a_peer_that_computes_something_else() -> None:
+    bench = small("softmax")
+    coarse = cases.Peer("coarse", lambda x: x.bfloat16().softmax(-1).float())
+    other = cases.Peer("other", lambda x: x.sigmoid())
+    broken = cases.Peer("broken", lambda x: x.no_such_method())
+    bench = dataclasses.replace(bench, peers=lambda shape: [coarse, other, broken])
+    case = cases.Case(bench, bench.shapes[0], "fp32", shapes.FORWARD)
+    found = {e.name: e for e in contest.hold(case, 1, SETTINGS).entries}
+    assert found["coarse"].timing is not None and "rounds coarsely" in found["coarse"].note
+    assert found["other"].timing is None and "bound" in found["other"].why_not
+    assert found["broken"].why_not.startswith("AttributeError")
+
+
+def test_bench_shares_and_ratios() -> None:
+    entries = [
+        contest.Entry("F", contest.TORCH, Timing((2e-3,), 1)),
+        contest.Entry("compiled F", contest.TORCH, Timing((1e-3,), 1)),
+        contest.Entry("llmcore cpu", contest.OURS, Timing((0.5e-3,), 1)),
+    ]
+    case = small_case("rms_norm")
+    result = contest.Result(case, 1, "copy", case.work.bytes / 0.25e-3, entries)
+    assert result.share(entries[2]) == pytest.approx(0.5)
+    assert result.against_torch(entries[2]) == pytest.approx(2.0)
+    assert "faster in 1 of 1" in next(report.summary_lines([result]))
+    noisy = dataclasses.replace(result, cores=0.6)
+    assert noisy.is_noisy and not result.is_noisy
+    assert next(report.summary_lines([noisy, result])).startswith("  NOISY: in 1 of 2 cases")
+    assert next(report.case_lines(noisy)).endswith("this process had 60 % of its cores")
+    slow = contest.Entry("llmcore cpu", contest.OURS, Timing((2e-3,), 1))
+    loss = contest.Result(case, 1, "copy", None, [*entries[:2], slow])
+    lines = list(report.summary_lines([result, loss]))
+    assert any("LOSES" in line and "0.50x compiled F" in line for line in lines)
+
+
+@needs_native
+def test_bench_roofline_probes_do_what_they_say() -> None:
+    torch.set_num_threads(2)
+    x = torch.arange(3001.0)
+    result, out = torch.zeros(2), torch.zeros_like(x)
+    roofline.raw("read")(x, 3, result)
+    assert result.sum() == pytest.approx(3 * x.sum().item(), rel=1e-6)
+    for past_caches in (False, True):
+        roofline.raw("copy")(x, 2, past_caches, out.zero_())
+        assert torch.equal(out, x)
+    operations = roofline.raw("fma")(10, result)
+    assert operations > 0 and operations % (2 * 2 * 10) == 0
+    assert roofline.raw("fma")(20, result) == 2 * operations
+    assert roofline.raw("bf16_pairs")(10, result) in (0, 2 * operations)
+    assert result.isfinite().all()
+    assert roofline.read(1 << 20, sets=3).amount == 1 << 20
+    with pytest.raises(RuntimeError, match="out: expected"):
+        roofline.raw("copy")(x, 1, False, out[:-1])
+
+
+def test_bench_data_sets_take_turns() -> None:
+    calls = roofline.in_turn([lambda: 1, lambda: 2, lambda: 3])
+    assert [calls() for _ in range(5)] == [1, 2, 3, 1, 2]
+
+
+@pytest.fixture
+def tiny_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command with tiny shapes and next to no time."""
+    monkeypatch.setattr(command, "benches", lambda: {op: small(op) for op in OPS})
+    monkeypatch.setattr(command, "settings_of", lambda args: SETTINGS)
+    monkeypatch.setattr(command, "case_list", lambda args, chosen: [small_case("softmax")])
+
+
+@pytest.mark.parametrize("has_native", [pytest.param(True, marks=needs_native), False])
+def test_bench_command_writes_json_and_plot(
+    has_native: bool,
+    tiny_run: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if not has_native:
+        monkeypatch.setattr(native, "module", None)
+        monkeypatch.setattr(native, "why_not", "not built: for this test")
+    path = tmp_path / "new" / "found.json"
+    assert cli.main(["bench", "--threads", "1", "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "Summary" in out and str(path) in out
+    found = json.loads(path.read_text())
+    assert found["format"] == report.FORMAT
+    assert found["machine"]["versions"]["torch"] == torch.__version__
+    (case,) = found["cases"]
+    assert (case["op"], case["dtype"], case["threads"]) == ("softmax", "fp32", 1)
+    timed = [c for c in case["contenders"] if "seconds" in c]
+    assert {c["side"] for c in timed} >= {"torch", "definition"}
+    assert all(c["seconds"] > 0 and c["quartiles"][0] <= c["quartiles"][1] for c in timed)
+    assert {c["op"] for c in found["overhead"]} == set(OPS)
+    assert bool(found["roofline"]) == has_native
+    assert all(c["share_of_limit"] for c in timed) == has_native
+    if not has_native:
+        assert "cannot be measured: not built" in out and "no plot: no case" in out
+
+
+@needs_native
+def test_bench_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = [contest.hold(small_case(op), 1, SETTINGS) for op in OPS]
+    whole = report.Report(machine.describe(), {}, results=results)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plot.draw(whole, tmp_path / "a.png").startswith("no plot: matplotlib is not installed")
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    assert plot.draw(whole, tmp_path / "a.png") == f"plot: {tmp_path / 'a.png'}"
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtypes", "fp32,fp8"], "got 'fp8', expected one of fp32, bf16, fp16"),
+        (["--threads", "0"], "got 0, expected at least 1"),
+        (["dance"], "ops: got 'dance', expected one of"),
+    ],
+)
+def test_bench_command_refuses(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = cli.main(["bench", *arguments])
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    said = capsys.readouterr()
+    assert status == 2 and message in said.out + said.err
+
+
+def test_bench_machine_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: Any) -> None:
+    name = machine.name()
+    assert name == name.lower() and " " not in name and "/" not in name
+    assert machine.results_file().parent.name == name
+    monkeypatch.setattr(machine, "CHECKOUT", tmp_path)
+    assert machine.results_file().parts[0] == "benchmarks-results"
+    assert machine.commit() is None
+    assert math.isfinite(json.loads(json.dumps(machine.describe()))["cores"])
+
+
+def test_verify_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    for failures, status in (((), 0), (("y0: error 1, bound 0",), 1)):
+        lines = [
+            Line("softmax", "cpu", "float32", 3, 0.5, failures),
+            Line("softmax", "cuda", "float32", 0, 0.0, (), "this torch is a CPU build"),
+        ]
+        monkeypatch.setattr(
+            verify_command, "verify", lambda seed, progress, lines=lines: Report(lines)
+        )
+        assert cli.main(["verify", "--seed", "3"]) == status
+        out = capsys.readouterr().out
+        assert "this torch is a CPU build" in out and "1 skipped" in out
