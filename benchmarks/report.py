@@ -165,10 +165,14 @@ def summary_lines(results: Sequence[Result]) -> Iterator[str]:
             best = result.best(TORCH)
             if ratio < 1 and best is not None:
                 yield f"    LOSES: {place(result)}: {ratio:.2f}x {best.name}"
+        reasons: dict[tuple[str, str], list[str]] = {}
         for result in mine:
             for entry in result.entries:
                 if entry.timing is None and entry.side in (OURS, DEFINITION):
-                    yield f"    NOT TIMED: {place(result)}: {entry.name}: {entry.why_not}"
+                    reasons.setdefault((entry.name, entry.why_not), []).append(place(result))
+        for (name, why), places in reasons.items():
+            others = f" and {len(places) - 1} more" if len(places) > 1 else ""
+            yield f"    NOT TIMED: {name}: {why} ({places[0]}{others})"
 
 
 def on_threads(count: int) -> str:

@@ -105,11 +105,11 @@ def triton_candidate(name: str, refuses: Callable[..., list[str]]) -> Candidate:
         return call
 
     def refuses_device(*args: Any) -> list[str]:
-        reasons = refuses(*args)
-        on_cpu = any(isinstance(a, torch.Tensor) and a.device.type == "cpu" for a in args)
-        if on_cpu and not (device.triton_is_interpreted() and forced == "triton"):
-            reasons.append("a tensor on cpu: Triton takes them in its interpreter only, if forced")
-        return reasons
+        kinds = {a.device.type for a in args if isinstance(a, torch.Tensor)} - {"cuda"}
+        interpreted = device.triton_is_interpreted() and forced == "triton"
+        why = "Triton takes it in its interpreter only, if forced"
+        reasons = [f"a tensor on {k}: {why}" for k in kinds if not (interpreted and k == "cpu")]
+        return reasons + refuses(*args)
 
     return Candidate(
         "triton",

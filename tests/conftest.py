@@ -4,6 +4,11 @@ The hooks of every run (native kernels must have loaded, the table of candidates
 in run_report.py.
 """
 
+import os
+
+# Before llmcore is imported, which asks it once: Triton's kernels run in its interpreter here.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 import torch
 from run_report import (  # noqa: F401  (pytest finds hooks and fixtures by name here)
