@@ -5,6 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 
 BIN = $(VENV)/bin
+export LLMCORE_WERROR = 1
 SOURCES = $(shell find csrc kernels llmcore -name '*.cpp' -o -name '*.h' -o -name '*.py')
 PACKAGING = pyproject.toml setup.py Makefile scripts/install_torch.py
 

@@ -113,24 +113,31 @@ struct RowTile {
     if (seen.empty()) return;
     const int64_t begin = (seen.begin - first) / LANES * LANES, end = round_up(seen.end - first, LANES);
     multiply_packed(queries, count, block.packed_keys, sequence.problem.D, begin, end, scores);
-    for (int64_t r = 0; r < count; ++r) update_softmax(r, first, begin, end);
+    // One loop for each step, not one for all: the rows' chains of latencies overlap.
+    float tops[TILE_ROWS];
+    for (int64_t r = 0; r < count; ++r) {
+      finish_scores(sequence, rows[r], first + begin, scores + r * KEY_BLOCK + begin, end - begin);
+      tops[r] = max_over_row(end - begin, scores + r * KEY_BLOCK + begin);
+    }
+    for (int64_t r = 0; r < count; ++r) raise_highest(r, tops[r]);
+    for (int64_t r = 0; r < count; ++r) {
+      float* row = scores + r * KEY_BLOCK + begin;
+      // With nothing seen yet every score is -inf or NaN: minus 0, they become 0 and NaN.
+      exponentiate(row, end - begin, highest[r] == -INFINITY ? 0.0f : highest[r], sums + r * LANES);
+      drop_scores(sequence, rows[r], first + begin, row, end - begin);
+    }
     multiply_values(block, first, {seen.begin - first, seen.end - first});
   }
 
-  void update_softmax(int64_t r, int64_t first, int64_t begin, int64_t end) {
-    float* row = scores + r * KEY_BLOCK + begin;
-    const int64_t n = end - begin, width = padded(sequence.problem.Dv);
-    finish_scores(sequence, rows[r], first + begin, row, n);
-    const float top = max_over_row(n, row);
-    if (top > highest[r]) {
-      const float scale = exp2_one(highest[r] - top);  // 0 at first, when there is nothing to scale
-      highest[r] = top;
-      store(sums + r * LANES, load(sums + r * LANES) * scale);
-      map_row(values + r * width, width, [=](vec v) { return v * scale; }, values + r * width);
-    }
-    // With nothing seen yet every score is -inf or NaN: minus 0, they become 0 and NaN.
-    exponentiate(row, n, highest[r] == -INFINITY ? 0.0f : highest[r], sums + r * LANES);
-    drop_scores(sequence, rows[r], first + begin, row, n);
+  void raise_highest(int64_t r, float top) {
+    if (!(top > highest[r])) return;
+    const float before = highest[r];
+    highest[r] = top;
+    if (before == -INFINITY) return;  // nothing to scale yet
+    const int64_t width = padded(sequence.problem.Dv);
+    const float scale = exp2_one(before - top);
+    store(sums + r * LANES, load(sums + r * LANES) * scale);
+    map_row(values + r * width, width, [=](vec v) { return v * scale; }, values + r * width);
   }
 
   void multiply_values(const KeyBlock& block, int64_t first, KeyRange keys) {

@@ -42,11 +42,15 @@ INLINE float sum_over_row(int64_t width, const Term& term, const Rows*... rows) 
 
 template <class T>
 INLINE float max_over_row(int64_t width, const T* row) {
-  vec highest = broadcast(-INFINITY);
+  vec highest[4];
+  for (vec& h : highest) h = broadcast(-INFINITY);
   int64_t i = 0;
-  for (; i + LANES <= width; i += LANES) highest = max(load(row + i), highest);
-  if (i < width) highest = max(first_lanes(load_partial(row + i, width - i), width - i, -INFINITY), highest);
-  return max_lanes(highest);
+  for (; i + 4 * LANES <= width; i += 4 * LANES) {
+    for (int u = 0; u < 4; ++u) highest[u] = max(load(row + i + u * LANES), highest[u]);
+  }
+  for (; i + LANES <= width; i += LANES) highest[0] = max(load(row + i), highest[0]);
+  if (i < width) highest[1] = max(first_lanes(load_partial(row + i, width - i), width - i, -INFINITY), highest[1]);
+  return max_lanes(max(max(highest[0], highest[1]), max(highest[2], highest[3])));
 }
 
 // A weight or bias of `width` values as float32: the caller's own memory where it is float32 already, else a copy;
