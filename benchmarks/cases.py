@@ -60,8 +60,11 @@ class Peer:
 def compiled(name: str, function: Callable[..., Any]) -> Peer:
     """`function` by torch.compile (inductor); the graph itself writes into `out`."""
 
-    def into(*args: Any, out: torch.Tensor, **options: Any) -> torch.Tensor:
-        return out.copy_(function(*args, **options))
+    def into(*args: Any, out: Any, **options: Any) -> Any:
+        results = function(*args, **options)
+        if not isinstance(results, tuple):
+            return out.copy_(results)
+        return tuple(o.copy_(result) for o, result in zip(out, results, strict=True))
 
     make = functools.partial(torch.compile, dynamic=False)
     quick = (FORWARD, BACKWARD)
@@ -74,7 +77,7 @@ class Bench:
 
     `sample` draws the op's arguments for a shape; `work` says what a call needs, given the bytes of
     an element and the mode; `peers` are made anew for each case; `tiny` is the shape for the cost
-    of a call.
+    of a call; `results` is how many tensors a call gives.
     """
 
     op: str
@@ -83,6 +86,7 @@ class Bench:
     sample: Callable[[Any, Draw], Sample]
     work: Callable[[Any, int, str], Work]
     peers: Callable[[Any], list[Peer]]
+    results: int = 1
 
 
 @dataclass(frozen=True)

@@ -134,31 +134,41 @@ def leaves(sample: Sample, dtype: torch.dtype, gradient: bool) -> tuple[list[Any
     return args, options
 
 
+def listed(results: Any) -> list[torch.Tensor]:
+    return list(results) if isinstance(results, tuple) else [results]
+
+
 def forward_call(function: Callable[..., Any], sample: Sample, dtype: torch.dtype) -> Call:
     args, options = leaves(sample, dtype, False)
-    return lambda: [function(*args, **options)]
+    return lambda: listed(function(*args, **options))
 
 
-def into_call(function: Callable[..., Any], sample: Sample, dtype: torch.dtype) -> Call:
+def into_call(
+    function: Callable[..., Any], sample: Sample, dtype: torch.dtype, *, results: int = 1
+) -> Call:
     args, options = leaves(sample, dtype, False)
-    out = torch.zeros_like(args[0])  # pages that were used before
-    return lambda: [function(*args, **options, out=out)]
+    rooms = tuple(torch.zeros_like(args[0]) for _ in range(results))  # pages used before
+    out = rooms[0] if results == 1 else rooms
+    return lambda: listed(function(*args, **options, out=out))
 
 
 def backward_call(function: Callable[..., Any], sample: Sample, dtype: torch.dtype) -> Call:
     """The backward pass alone, over a graph that is kept."""
     args, options = leaves(sample, dtype, True)
-    wanted = [t for t in args if isinstance(t, torch.Tensor)]
+    wanted = [t for t in args if isinstance(t, torch.Tensor) and t.requires_grad]
     with torch.enable_grad():
-        y = function(*args, **options)
-    cotangent = Draw(1).normal(*y.shape).to(dtype)
-    return lambda: list(torch.autograd.grad(y, wanted, cotangent, retain_graph=True))
+        results = listed(function(*args, **options))
+    draw = Draw(1)
+    cotangents = [draw.normal(*y.shape).to(dtype) for y in results]
+    return lambda: list(torch.autograd.grad(results, wanted, cotangents, retain_graph=True))
 
 
-def make_call(mode: str, has_out: bool = True) -> Callable[..., Call]:
+def make_call(mode: str, has_out: bool = True, results: int = 1) -> Callable[..., Call]:
     if mode == BACKWARD:
         return backward_call
-    return into_call if mode == INTO and has_out else forward_call
+    if mode == INTO and has_out:
+        return functools.partial(into_call, results=results)
+    return forward_call
 
 
 def on_backend(backend: str) -> Callable[[], AbstractContextManager[Any]]:
@@ -179,14 +189,14 @@ def line_up(case: Case, settings: Settings) -> Iterator[Ready | Entry]:
         invited = settings.compile or not peer.is_compiled
         modes = peer.quick_modes if settings.quick else peer.modes
         if invited and case.mode in modes:
-            yield peer_in(peer, case.mode)
+            yield peer_in(peer, case)
     for backend in settings.backends:
         why = why_not(op, backend)
         if why:
             yield Entry(f"llmcore {backend}", OURS, why_not=why)
             continue
         context = on_backend(backend)
-        yield Ready(f"llmcore {backend}", OURS, ours_in(op, case.mode, context), context)
+        yield Ready(f"llmcore {backend}", OURS, ours_in(op, case, context), context)
 
 
 def why_not(op: Op, backend: str) -> str:
@@ -195,21 +205,22 @@ def why_not(op: Op, backend: str) -> str:
     return op.why_absent(backend) if candidate is None else candidate.machine
 
 
-def peer_in(peer: Peer, mode: str) -> Ready:
-    """A peer in a mode; in a fresh result where it knows no out."""
-    has_out = peer.into is not None
+def peer_in(peer: Peer, case: Case) -> Ready:
+    """A peer in a case's mode; in a fresh result where it knows no out."""
+    mode, has_out = case.mode, peer.into is not None
     function = peer.into if mode == INTO and peer.into is not None else peer.call
     note = "into a fresh result: it takes no out" if mode == INTO and not has_out else ""
-    make = functools.partial(make_call(mode, has_out), function)
+    make = functools.partial(make_call(mode, has_out, case.bench.results), function)
     return Ready(peer.name, TORCH, make, note=note)
 
 
 def ours_in(
-    op: Op, mode: str, context: Callable[[], AbstractContextManager[Any]]
+    op: Op, case: Case, context: Callable[[], AbstractContextManager[Any]]
 ) -> Callable[[Sample, torch.dtype], Call]:
     def make(sample: Sample, dtype: torch.dtype) -> Call:
         with context():
-            return make_call(mode)(op.function, sample, dtype)
+            make = make_call(case.mode, results=case.bench.results)
+            return make(op.function, sample, dtype)
 
     return make
 

@@ -63,7 +63,24 @@ class Heads:
         return self.B * self.H * sum(max(first + i, 0) for i in range(self.T))
 
 
-Shape = Rows | Heads
+@dataclass(frozen=True)
+class Product:
+    """linear's x (M, K) and weight (N, K); `sets` and `quick` as in Rows."""
+
+    model: str
+    M: int
+    K: int
+    N: int
+    sets: int = 1
+    quick: bool = False
+    modes: tuple[str, ...] = (FORWARD, BACKWARD)
+
+    @property
+    def label(self) -> str:
+        return f"{self.M}x{self.K}x{self.N}"
+
+
+Shape = Rows | Heads | Product
 
 NORM = (
     Rows("GPT-2 small, 4 sequences of 1024", 4096, 768, quick=True),
@@ -71,14 +88,39 @@ NORM = (
     Rows("BERT base, 8 sequences of 128", 1024, 768),
     Rows("Llama 3.2 1B, 4 sequences of 2048", 8192, 2048),
     Rows("SmolLM2-135M, prefill of 512", 512, 576),
-    Rows("SmolLM2-135M, one token", 1, 576, modes=(FORWARD, INTO)),
+    Rows("SmolLM2-135M, one token", 1, 576, modes=(FORWARD,)),
 )
 SOFTMAX = (
     Rows("GPT-2 small, 4 sequences of 1024", 4096, 768, quick=True),
     Rows("GPT-2 small, the scores of 12 heads", 12288, 1024),
     Rows("BERT base, the scores of 8 x 12 heads", 12288, 128),
     Rows("SmolLM2-135M, the logits of 128 tokens", 128, 49152),
-    Rows("SmolLM2-135M, the logits of one token", 1, 49152, modes=(FORWARD, INTO)),
+    Rows("SmolLM2-135M, the logits of one token", 1, 49152, modes=(FORWARD,)),
+)
+GATED = (
+    Rows("SmolLM2-135M, prefill of 512", 512, 1536, quick=True),
+    Rows("Llama 3.2 1B, prefill of 512", 512, 8192),
+    Rows("Llama 3.2 1B, prefill of 512, 4 layers", 512, 8192, sets=4),
+    Rows("SmolLM2-135M, one token", 1, 1536, modes=(FORWARD,)),
+)
+GELU = (
+    Rows("GPT-2 small, 1 sequence of 1024", 1024, 3072, quick=True),
+    Rows("GPT-2 small, 1 sequence of 1024, 6 layers", 1024, 3072, sets=6),
+    Rows("GPT-2 small, one token", 1, 3072, modes=(FORWARD,)),
+)
+ROPE = (
+    Heads("SmolLM2-135M, prefill of 512", 1, 9, 9, 512, 512, 64, quick=True, modes=MODES),
+    Heads("Llama 3.2 1B, 2048 tokens", 1, 32, 32, 2048, 2048, 64, modes=MODES),
+    Heads("Qwen3 0.6B, 1024 tokens", 1, 16, 16, 1024, 1024, 128, modes=MODES),
+    Heads("SmolLM2-135M, one token", 1, 9, 9, 1, 1, 64, modes=(FORWARD,)),
+)
+SCORES = (
+    Rows("GPT-2 small, the scores of 12 heads", 12288, 1024, quick=True),
+    Rows("BERT base, the scores of 8 x 12 heads", 12288, 128),
+)
+LOSS = (
+    Rows("GPT-2 small, 2 sequences of 1024", 2048, 50257, modes=(FORWARD, BACKWARD)),
+    Rows("SmolLM2-135M, 128 tokens", 128, 49152, quick=True, modes=(FORWARD, BACKWARD)),
 )
 ATTENTION = (
     Heads("GPT-2 small, not causal", 1, 12, 12, 1024, 1024, 64, quick=True),
@@ -92,6 +134,16 @@ ATTENTION = (
     Heads("SmolLM2-135M, decode, 30 layers", 1, 9, 3, 1, 2048, 64, sets=30, modes=(FORWARD,)),
     Heads("SmolLM2-135M, decode of 8 sequences", 8, 9, 3, 1, 2048, 64, modes=(FORWARD,)),
 )
+LINEAR = (
+    Product("SmolLM2-135M, prefill of 512, gate and up", 512, 576, 3072, quick=True),
+    Product("SmolLM2-135M, prefill of 512, down", 512, 1536, 576),
+    Product("GPT-2 small, 4 sequences of 512", 2048, 768, 3072),
+    Product("8B, decode", 1, 4096, 4096, quick=True, modes=(FORWARD,)),
+    Product("8B, decode of 8 sequences", 8, 4096, 4096, modes=(FORWARD,)),
+)
+
 TINY_ROWS = Rows("tiny", 4, 64)
+TINY_LOSS = Rows("tiny", 4, 64, modes=(FORWARD, BACKWARD))
 TINY_HEADS = Heads("tiny", 1, 2, 2, 4, 4, 16)
 """For the cost of a call."""
+TINY_PRODUCT = Product("tiny", 4, 64, 64)

@@ -73,6 +73,43 @@ struct LayerNormBackward {
   Dtype dtype, weight_dtype;
 };
 
+// total = x + residual, rounded, and y = rms_norm(total), all (rows, width), contiguous; total may be x or residual.
+struct AddRmsNormForward {
+  const void* x;
+  const void* residual;
+  const void* weight;
+  void* y;
+  void* total;
+  int64_t rows, width;
+  float eps;
+  Dtype dtype, weight_dtype;
+};
+
+// norm.x is the total; norm.dx, x's and residual's gradient alike, gets dtotal (rows, width; or null) added to it.
+struct AddRmsNormBackward {
+  RmsNormBackward norm;
+  const void* dtotal;
+};
+
+// total = x + residual, rounded, and y = layer_norm(total); shapes as in AddRmsNormForward.
+struct AddLayerNormForward {
+  const void* x;
+  const void* residual;
+  const void* weight;
+  const void* bias;
+  void* y;
+  void* total;
+  int64_t rows, width;
+  float eps;
+  Dtype dtype, weight_dtype, bias_dtype;
+};
+
+// As AddRmsNormBackward.
+struct AddLayerNormBackward {
+  LayerNormBackward norm;
+  const void* dtotal;
+};
+
 // y = exp(x - max) / sum over the last axis. x, y (rows, width), contiguous; y may be x.
 struct SoftmaxForward {
   const void* x;
@@ -87,6 +124,117 @@ struct SoftmaxBackward {
   const void* y;
   void* dx;
   int64_t rows, width;
+  Dtype dtype;
+};
+
+// y = x * Phi(x), or its approximation by tanh. x, y (count); y may be x.
+struct GeluForward {
+  const void* x;
+  void* y;
+  int64_t count;
+  Dtype dtype;
+  bool tanh;
+};
+
+// dx = dy * gelu'(x).
+struct GeluBackward {
+  const void* dy;
+  const void* x;
+  void* dx;
+  int64_t count;
+  Dtype dtype;
+  bool tanh;
+};
+
+// y = silu(gate) * up for swiglu, gelu(gate) * up for geglu. gate and up (rows, width), each by its row stride; y
+// (rows, width), contiguous; it may be gate or up. `tanh`: geglu's gelu is the approximation by tanh.
+struct GatedForward {
+  const void* gate;
+  const void* up;
+  void* y;
+  int64_t rows, width, gate_stride, up_stride;
+  Dtype dtype;
+  bool tanh;
+};
+
+// dgate and dup (rows, width), contiguous, of the above; dy is contiguous.
+struct GatedBackward {
+  const void* dy;
+  const void* gate;
+  const void* up;
+  void* dgate;
+  void* dup;
+  int64_t rows, width, gate_stride, up_stride;
+  Dtype dtype;
+  bool tanh;
+};
+
+// Turns the pairs (r, r + half), or (2r, 2r + 1) when interleaved, of each head's first 2 * half elements by the angle
+// of their position, `back` by the opposite one; the rest is copied. x (B, H, T, D) by the strides of (batch, head,
+// position), its last axis contiguous; y (B, H, T, D), contiguous, may be x; cos, sin (T, half) or, with a batch stride
+// that is not 0, (B, T, half), contiguous, in x's dtype or float32.
+struct Rope {
+  const void* x;
+  const void* cos;
+  const void* sin;
+  void* y;
+  int64_t B, H, T, D, half;
+  int64_t x_strides[3], angle_batch_stride;
+  Dtype dtype, angle_dtype;
+  bool interleaved, back;
+};
+
+// y = softmax over the last axis of x * scale + mask, 0 where that is -inf all over. x and y contiguous, `axes` axes of
+// the given sizes, the last two (T, S); `rows` is the product of all but the last. y may be x.
+struct MaskedSoftmaxForward {
+  const void* x;
+  void* y;
+  int64_t rows, axes;
+  const int64_t* sizes;
+  const void* mask;  // broadcast to x by its strides (axes), or null; bytes when mask_is_bool, else mask_dtype
+  const int64_t* mask_strides;
+  bool mask_is_bool, causal;  // causal: row i of T sees the elements j <= S - T + i
+  float scale;
+  Dtype dtype, mask_dtype;
+};
+
+// dx = y * (dy - sum(dy * y)) * scale from the forward pass's result y; all (rows, S), rows a multiple of T.
+struct MaskedSoftmaxBackward {
+  const void* dy;
+  const void* y;
+  void* dx;
+  int64_t rows, T, S;
+  bool causal;
+  float scale;
+  Dtype dtype;
+};
+
+enum class Reduction : int32_t { mean, sum, none };
+
+// logits (rows, classes), contiguous; target (rows), each a class or ignore_index, which the caller checks; loss one
+// value, or (rows) without reduction, in the logits' dtype. statistics (rows, 2), for the backward pass: a row's
+// maximum and log(sum(exp(logits - maximum))); 0 where it is ignored.
+struct CrossEntropyForward {
+  const void* logits;
+  const int64_t* target;
+  void* loss;
+  float* statistics;
+  int64_t rows, classes, ignore_index;
+  float label_smoothing;
+  Reduction reduction;
+  Dtype dtype;
+};
+
+// dlogits (rows, classes) of the above; dloss has the loss's shape and dtype.
+struct CrossEntropyBackward {
+  const void* dloss;
+  const void* logits;
+  const int64_t* target;
+  const float* statistics;
+  void* dlogits;
+  int64_t rows, classes, ignore_index;
+  float label_smoothing;
+  Reduction reduction;
   Dtype dtype;
 };
 
@@ -170,19 +318,49 @@ struct RooflineCopy {
   bool past_caches;
 };
 
+// y = x weight^T + bias. x (M, K), y (M, N), contiguous; weight (N, K), or (N, K / 2) bytes for int4; bias (N) or null.
+// int8 and int4 have a bfloat16 scale for each `group` (a power of 2, at least 16) along K: scales (N, K / group).
+enum class WeightFormat : int32_t { float32, bfloat16, float16, int8, int4 };
+struct LinearForward {
+  const void* x;
+  const void* weight;
+  const void* scales;
+  const void* bias;
+  void* y;
+  int64_t M, N, K, group;
+  Dtype dtype, bias_dtype;
+  WeightFormat format;
+};
+
 // The bodies of one level. Each returns false when scratch memory could not be had, true otherwise.
-#define LLMCORE_KERNELS(X)                  \
-  X(rms_norm_forward, RmsNormForward)       \
-  X(rms_norm_backward, RmsNormBackward)     \
-  X(layer_norm_forward, LayerNormForward)   \
-  X(layer_norm_backward, LayerNormBackward) \
-  X(softmax_forward, SoftmaxForward)        \
-  X(softmax_backward, SoftmaxBackward)      \
-  X(attention_forward, AttentionForward)    \
-  X(attention_backward, AttentionBackward)  \
-  X(roofline_fma, RooflineChains)           \
-  X(roofline_bf16_pairs, RooflineChains)    \
-  X(roofline_read, RooflineRead)            \
+#define LLMCORE_KERNELS(X)                          \
+  X(rms_norm_forward, RmsNormForward)               \
+  X(rms_norm_backward, RmsNormBackward)             \
+  X(layer_norm_forward, LayerNormForward)           \
+  X(layer_norm_backward, LayerNormBackward)         \
+  X(add_rms_norm_forward, AddRmsNormForward)        \
+  X(add_rms_norm_backward, AddRmsNormBackward)      \
+  X(add_layer_norm_forward, AddLayerNormForward)    \
+  X(add_layer_norm_backward, AddLayerNormBackward)  \
+  X(softmax_forward, SoftmaxForward)                \
+  X(softmax_backward, SoftmaxBackward)              \
+  X(gelu_forward, GeluForward)                      \
+  X(gelu_backward, GeluBackward)                    \
+  X(geglu_forward, GatedForward)                    \
+  X(geglu_backward, GatedBackward)                  \
+  X(swiglu_forward, GatedForward)                   \
+  X(swiglu_backward, GatedBackward)                 \
+  X(linear_forward, LinearForward)                  \
+  X(rope, Rope)                                     \
+  X(masked_softmax_forward, MaskedSoftmaxForward)   \
+  X(masked_softmax_backward, MaskedSoftmaxBackward) \
+  X(cross_entropy_forward, CrossEntropyForward)     \
+  X(cross_entropy_backward, CrossEntropyBackward)   \
+  X(attention_forward, AttentionForward)            \
+  X(attention_backward, AttentionBackward)          \
+  X(roofline_fma, RooflineChains)                   \
+  X(roofline_bf16_pairs, RooflineChains)            \
+  X(roofline_read, RooflineRead)                    \
   X(roofline_copy, RooflineCopy)
 
 struct Kernels {

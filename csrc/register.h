@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <vector>
 
 #include "levels.h"
 
@@ -77,6 +78,18 @@ Tensor fresh(const int64_t (&sizes)[N], const int64_t (&strides)[N], ScalarType 
   return Tensor(handle);
 }
 
+// The same, contiguous, of any number of axes.
+inline Tensor fresh(const std::vector<int64_t>& sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 1 ? sizes[i] : 1) strides[i] = stride;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 // A fresh contiguous tensor of the shape and dtype of a CPU tensor, or an empty one when it is not wanted.
 inline Tensor fresh_like(const Tensor& like, bool wanted = true) {
   if (!wanted) return fresh({0}, {1}, like.scalar_type());
@@ -88,6 +101,62 @@ inline Tensor fresh_like(const Tensor& like, bool wanted = true) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(like.dim(), sizes.data(), strides.data(), type,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+// The same for a CPU tensor of any strides.
+inline Tensor fresh_contiguous(const Tensor& like) {
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  std::vector<int64_t> strides(size_t(like.dim()));
+  int64_t stride = 1;
+  for (int64_t i = like.dim() - 1; i >= 0; --i) {
+    strides[size_t(i)] = stride;
+    stride *= like.size(i) > 1 ? like.size(i) : 1;
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(like.dim(), like.sizes().data(), strides.data(), type,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// A tensor of any shape as rows along its last axis, one stride apart: itself where its strides allow that (halves of
+// one tensor), else a contiguous copy. A scalar is one row of one.
+struct StridedRows {
+  explicit StridedRows(const Tensor& t) : held(can_stay(t) ? t : torch::stable::contiguous(t)) {
+    const int64_t axes = held.dim();
+    width = axes == 0 ? 1 : held.size(axes - 1);
+    rows = width == 0 ? 0 : held.numel() / width;
+    stride = width;
+    for (int64_t i = axes - 2; i >= 0; --i) {
+      if (held.size(i) == 1) continue;
+      stride = held.stride(i);
+      break;
+    }
+    data = held.const_data_ptr();
+  }
+
+  static bool can_stay(const Tensor& t) {
+    const int64_t axes = t.dim();
+    if (axes > 0 && t.size(axes - 1) != 1 && t.stride(axes - 1) != 1) return false;
+    int64_t expected = -1;
+    for (int64_t i = axes - 2; i >= 0; --i) {
+      if (t.size(i) == 1) continue;
+      if (expected >= 0 && t.stride(i) != expected) return false;
+      expected = t.stride(i) * t.size(i);
+    }
+    return true;
+  }
+
+  Tensor held;
+  const void* data;
+  int64_t rows, width, stride;
+};
+
+// `t` has the shape and dtype of `like`, whatever its strides.
+inline void check_alike(const Tensor& t, const Tensor& like, const char* name, const char* like_name) {
+  bool same = t.dim() == like.dim() && t.scalar_type() == like.scalar_type();
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
+  STD_TORCH_CHECK(same, name, ": expected the shape and dtype of ", like_name);
 }
 
 // A fresh float32 vector of `width`, or an empty one when it is not wanted.

@@ -67,15 +67,18 @@ class Candidate:
 
 
 def native_candidates(
-    name: str, refuses: Callable[..., list[str]], *, into: bool = True
+    name: str, refuses: Callable[..., list[str]], *, backward: bool = True, into: bool = True
 ) -> tuple[Candidate, ...]:
-    """The raw ops of `name` as the candidate `cpu` (the best level here) and one for each level."""
+    """The raw ops of `name` as the candidate `cpu` (the best level here) and one for each level.
+
+    `backward` and `into` say whether there is a raw op for each.
+    """
 
     def at(backend: str, machine: str, level: int) -> Candidate:
         return Candidate(
             backend,
             forward=native.bind(f"{name}_forward", level),
-            backward=native.bind(f"{name}_backward", level),
+            backward=native.bind(f"{name}_backward", level) if backward else None,
             into=native.bind(f"{name}_forward_out", level) if into else None,
             machine=machine,
             refuses=refuses,

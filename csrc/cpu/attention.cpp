@@ -72,19 +72,19 @@ void merge(Partial& into, const Partial& from, int64_t rows, int64_t width) {
 struct Workspace {
   explicit Workspace(const AttentionProblem& p)
       : partial_size(Partial::size(p, QUERY_BLOCK)),
-        memory(QUERY_BLOCK * padded(p.D) + TILE_ROWS * (KEY_BLOCK + LANES) + 2 * partial_size + packed_keys_size(p) +
-               values_size(p)) {
+        memory(QUERY_BLOCK * padded(p.D) + TILE_ROWS * KEY_BLOCK + padded(p.Dv) + 2 * partial_size +
+               packed_keys_size(p) + values_size(p)) {
     if (!memory.ok()) return;
     queries = memory.data();
     scores = queries + QUERY_BLOCK * padded(p.D);
-    sums = scores + TILE_ROWS * KEY_BLOCK;
-    partials = sums + TILE_ROWS * LANES;
+    row_values = scores + TILE_ROWS * KEY_BLOCK;
+    partials = row_values + padded(p.Dv);
     packed_keys = partials + 2 * partial_size;
     values = packed_keys + packed_keys_size(p);
   }
   int64_t partial_size;
   Scratch memory;
-  float *queries, *scores, *sums, *partials, *packed_keys, *values;
+  float *queries, *scores, *row_values, *partials, *packed_keys, *values;
 };
 
 // 2^(scores - highest) in place over whole vectors, added to `sums` lane by lane.
@@ -105,7 +105,8 @@ struct RowTile {
   int64_t count;
   const float* queries;  // (count, padded(D)), scaled
   float *highest, *sums, *values;
-  float* scores;  // (count, KEY_BLOCK)
+  float* scores;      // (count, KEY_BLOCK)
+  float* row_values;  // (padded(Dv))
 
   void attend(const KeyBlock& block, int64_t first, int64_t block_keys) {
     KeyRange seen{0, 0};
@@ -151,14 +152,23 @@ struct RowTile {
   }
 
   // One row and one key at a time, for values that hold NaN or inf: what the row may not see must not reach it, and
-  // what it sees counts even with a weight that rounds to 0.
+  // what it sees counts even with a weight that rounds to 0. The sums are cut as accumulate_product cuts them: the same
+  // bits.
   void add_visible_values(const KeyBlock& block, int64_t first, KeyRange keys, int64_t r) {
     const int64_t width = padded(sequence.problem.Dv);
     float* into = values + r * width;
-    for (int64_t j = keys.begin; j < keys.end; ++j) {
-      if (!visible(sequence, rows[r], first + j)) continue;
-      const float weight = scores[r * KEY_BLOCK + j] == 0.0f ? __FLT_MIN__ : scores[r * KEY_BLOCK + j];
-      map_row(into, width, [=](vec a, vec v) { return fma(broadcast(weight), v, a); }, into, block.values + j * width);
+    for (int64_t begin = keys.begin, end; begin < keys.end; begin = end) {
+      end = keys.end - begin > CHAIN ? begin + CHAIN : keys.end;
+      std::memset(row_values, 0, size_t(width) * sizeof(float));
+      for (int64_t j = begin; j < end; ++j) {
+        if (!visible(sequence, rows[r], first + j)) continue;
+        const float weight = scores[r * KEY_BLOCK + j];
+        const auto weighted = [=](vec a, vec v) {
+          return weight == 0.0f ? a + (v - v == vec{} ? vec{} : v) : fma(broadcast(weight), v, a);
+        };
+        map_row(row_values, width, weighted, row_values, block.values + j * width);
+      }
+      map_row(into, width, [](vec a, vec v) { return a + v; }, into, row_values);
     }
   }
 };
@@ -249,7 +259,8 @@ class Forward {
                      into.highest + r,
                      sums + r * LANES,
                      into.values + r * width,
-                     w.scores};
+                     w.scores,
+                     w.row_values};
         tile.attend(block, first, end - first);
       }
     }

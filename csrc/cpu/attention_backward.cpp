@@ -224,7 +224,7 @@ class Backward {
   }
 
   void write_keys(int64_t b, int64_t g, KeyRange keys, Workspace& w) {
-    const float scale = p_.scale / query_scale(p_);  // the queries in the product were scaled by more than `scale`
+    const float scale = p_.softcap == 0.0f ? float(1.0 / LOG2E_EXACT) : p_.softcap;  // scale / query_scale
     for (int64_t j = keys.begin; j < keys.end; ++j) {
       map_row(
           row_at(static_cast<T*>(a_.dk), a_.dk_strides, b, g, j), p_.D, [=](vec v) { return v * scale; },

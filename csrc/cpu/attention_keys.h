@@ -50,6 +50,8 @@ struct Sequence {
     }
     offset = p.q_offset == NO_OFFSET ? keys - p.T : p.q_offset;
     if (p.q_offsets != nullptr) offset = p.q_offsets[batch];
+    // Far beyond any position, and no sum of positions and windows can overflow.
+    offset = offset < -FAR ? -FAR : (offset > FAR ? FAR : offset);
   }
 
   // The keys that query t may see, by its position alone.
@@ -57,11 +59,13 @@ struct Sequence {
     const int64_t position = offset + t;
     KeyRange seen{0, keys};
     if (problem.causal) seen = intersect(seen, {0, position + 1});
-    if (problem.window_left >= 0) seen = intersect(seen, {position - problem.window_left, keys});
-    if (problem.window_right >= 0) seen = intersect(seen, {0, position + problem.window_right + 1});
+    const auto bounded = [](int64_t window) { return window > FAR ? FAR : window; };
+    if (problem.window_left >= 0) seen = intersect(seen, {position - bounded(problem.window_left), keys});
+    if (problem.window_right >= 0) seen = intersect(seen, {0, position + bounded(problem.window_right) + 1});
     return seen.empty() ? KeyRange{0, 0} : seen;
   }
 
+  static constexpr int64_t FAR = int64_t{1} << 60;
   const AttentionProblem& problem;
   int64_t batch, keys, offset;
 };

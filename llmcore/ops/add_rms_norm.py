@@ -12,7 +12,9 @@ Edge cases, source: as rms_norm.
 Errors: TypeError for a dtype, ValueError for a shape or a device; both name the argument.
 
 Kernels: forward(x, residual, weight, eps) -> y, total, x and residual of one dtype; into the same
-with both results behind. total may be residual's or x's own memory.
+with both results behind. total may be residual's or x's own memory;
+backward(dy, dtotal or None, total, weight, eps, need_dx, need_dweight) -> dx, which is residual's
+gradient too, dweight (C, float32); what is not needed is empty.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from typing import Any
 
 import torch
 
-from llmcore.dispatch import Op
+from llmcore import native
+from llmcore.dispatch import Candidate, Op, native_candidates
 from llmcore.ops import contract
 from llmcore.ops.rms_norm import reference as rms_norm_reference
 from llmcore.ops.sample import Draw, Sample
@@ -63,16 +66,111 @@ def samples(draw: Draw) -> Iterator[Sample]:
     yield Sample("float32_residual", args, keep=(1, 2))
 
 
+def refuses(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+) -> list[str]:
+    return native.refuses_tensors(x, residual, weight)
+
+
+@native.fake("add_rms_norm_forward")
+def _(
+    level: int,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(total), total
+
+
+@native.fake("add_rms_norm_forward_out")
+def _(
+    level: int,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    y: torch.Tensor,
+    total: torch.Tensor,
+) -> None:
+    return None
+
+
+@native.fake("add_rms_norm_backward")
+def _(
+    level: int,
+    dy: torch.Tensor,
+    dtotal: torch.Tensor | None,
+    total: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dx = torch.empty_like(total, memory_format=torch.contiguous_format)
+    dx = dx if need_dx else total.new_empty(0)
+    dweight = total.new_empty(total.shape[-1] if need_dweight else 0, dtype=torch.float32)
+    return dx, dweight
+
+
 OP = Op(
     "add_rms_norm",
     reference,
     check,
     samples,
+    native_candidates("add_rms_norm", refuses),
     arguments=arguments,
-    cpu="no CPU kernel yet: the definition runs",
     triton="no Triton kernel yet",
     cuda="no CUDA kernel yet",
 )
+
+
+class AddRMSNorm(contract.KernelFunction):
+    """The gradient of a kernel's forward pass, by the same kernel's backward pass."""
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float,
+        kernel: Candidate,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return kernel.forward(x, residual, weight, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, _, weight, ctx.eps, ctx.kernel = inputs
+        ctx.save_for_backward(output[1], weight)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor | None, dtotal: torch.Tensor | None) -> tuple[Any, ...]:
+        total, weight = tensors = ctx.saved_tensors
+        dy = torch.zeros_like(total) if dy is None else dy
+        if torch.is_grad_enabled():
+            # The gradient of x and of residual alike. Views, since total itself depends on weight.
+            views = [t if t is None else t.view_as(t) for t in tensors]
+            dx, *rest = contract.gradients(
+                lambda t, w: rms_norm_reference(t, w, ctx.eps), views, dy
+            )
+            if dx is not None and dtotal is not None:
+                dx = dx + dtotal
+            return dx, dx, *rest, None, None
+        need_dx = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        need_dweight = ctx.needs_input_grad[2]
+        dx, dweight = ctx.kernel.backward(dy, dtotal, total, weight, ctx.eps, need_dx, need_dweight)
+        return (
+            dx if ctx.needs_input_grad[0] else None,
+            dx if ctx.needs_input_grad[1] else None,
+            dweight.to(weight.dtype) if need_dweight else None,
+            None,
+            None,
+        )
 
 
 def add_rms_norm(
@@ -97,4 +195,6 @@ def add_rms_norm(
     if out is not None:
         contract.check_out_pair(out, args[0].shape, args[0], x, residual, weight)
         return contract.into_pair(out, kernel, *args)
+    if kernel.backward is not None and contract.wants_gradient(*args[:3]):
+        return AddRMSNorm.record(*args, kernel)
     return kernel.forward(*args)

@@ -16,17 +16,22 @@ Errors: TypeError for a dtype, ValueError for a shape, a device or an option, In
 target that is no class (on the CPU; an accelerator's own assertion, and no wait for it, elsewhere).
 Source: Szegedy et al., Rethinking the Inception Architecture, 2015, section 7 (smoothing).
 
-Kernels: forward(logits, target, options: LossOptions) -> loss.
+Kernels: forward(logits, target, options: LossOptions) -> loss; with keep=True behind, loss and
+statistics (N, 2; float32: each row's maximum and the log of its sum relative to it);
+backward(dloss, logits, target, statistics, options) -> dlogits. They check the targets themselves,
+where check_classes cannot, and raise RuntimeError then.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
-from llmcore.dispatch import Op
+from llmcore import native
+from llmcore.dispatch import Candidate, Op, native_candidates
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -142,16 +147,105 @@ def samples(draw: Draw) -> Iterator[Sample]:
     yield Sample("large_offset", (draw.normal(5, 65) + 200, draw.integers(0, 65, 5)))
 
 
+@native.fake("cross_entropy_forward")
+def _(
+    level: int,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    loss = logits.new_empty(target.shape if REDUCTIONS[reduction] == "none" else ())
+    return loss, logits.new_empty(target.numel(), 2, dtype=torch.float32)
+
+
+@native.fake("cross_entropy_backward")
+def _(
+    level: int,
+    dloss: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    statistics: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+) -> torch.Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def with_options(candidate: Candidate) -> Candidate:
+    """A raw candidate as one that takes the contract's arguments."""
+    raw_forward, raw_backward = candidate.forward, candidate.backward
+    assert raw_backward is not None
+
+    def raw(options: LossOptions) -> tuple[int, float, int]:
+        number = REDUCTIONS.index(options.reduction)
+        return options.ignore_index, options.label_smoothing, number
+
+    def forward(
+        logits: torch.Tensor, target: torch.Tensor, options: LossOptions, keep: bool = False
+    ) -> Any:
+        results = raw_forward(logits, target, *raw(options))
+        return results if keep else results[0]
+
+    def backward(
+        dloss: torch.Tensor,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        statistics: torch.Tensor,
+        options: LossOptions,
+    ) -> torch.Tensor:
+        return raw_backward(dloss, logits, target, statistics, *raw(options))
+
+    return dataclasses.replace(candidate, forward=forward, backward=backward)
+
+
+def refuses(logits: torch.Tensor, target: torch.Tensor, options: LossOptions) -> list[str]:
+    return native.refuses_tensors(logits)
+
+
 OP = Op(
     "cross_entropy",
     reference,
     check,
     samples,
+    tuple(map(with_options, native_candidates("cross_entropy", refuses, into=False))),
     arguments=arguments,
-    cpu="no CPU kernel yet: the definition runs",
     triton="no Triton kernel yet",
     cuda="no CUDA kernel yet",
 )
+
+
+class CrossEntropy(contract.KernelFunction):
+    """The gradient of a kernel's forward pass, by the same kernel's backward pass."""
+
+    @staticmethod
+    def forward(
+        logits: torch.Tensor, target: torch.Tensor, options: LossOptions, kernel: Candidate
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return kernel.forward(logits, target, options, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        logits, target, ctx.options, ctx.kernel = inputs
+        _, statistics = output
+        ctx.save_for_backward(logits, target, statistics)
+        ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: torch.Tensor | None, _: None) -> tuple[Any, ...]:
+        logits, target, statistics = ctx.saved_tensors
+        if dloss is None:
+            return None, None, None, None
+        if torch.is_grad_enabled():
+            again = contract.gradients(
+                lambda t: reference(t, target, ctx.options), (logits,), dloss
+            )
+            return *again, None, None, None
+        dlogits = ctx.kernel.backward(dloss, logits, target, statistics, ctx.options)
+        return dlogits, None, None, None
 
 
 def cross_entropy(
@@ -180,4 +274,7 @@ def cross_entropy(
     )
     kernel = OP.kernel(contract.call_key(args[:2], args[2]), *args)
     check_classes(target, logits.shape[-1], ignore_index)
+    if kernel.backward is not None and contract.wants_gradient(logits):
+        loss, _ = CrossEntropy.record(*args, kernel)
+        return loss
     return kernel.forward(*args)

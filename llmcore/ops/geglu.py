@@ -9,18 +9,21 @@ Edge cases: empty gives empty; NaN and inf as in gelu and the product.
 Errors: TypeError for a dtype, ValueError for a shape, a device or another `approximate`.
 Source: Shazeer, GLU Variants Improve Transformer, 2020, equation 6 (the part before W2).
 
-Kernels: forward(gate, up, approximate) -> y; into the same with `out` behind.
+Kernels: forward(gate, up, approximate) -> y; into the same with `out` behind, which may be gate or
+up; backward(dy, gate, up, approximate) -> dgate, dup.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from llmcore.dispatch import Op
+from llmcore import native
+from llmcore.dispatch import Candidate, Op, native_candidates
 from llmcore.ops import contract
-from llmcore.ops.gelu import APPROXIMATIONS
+from llmcore.ops.gelu import APPROXIMATIONS, by_name
 from llmcore.ops.gelu import reference as gelu_reference
 from llmcore.ops.sample import Draw, Sample
 
@@ -50,15 +53,60 @@ def samples(draw: Draw) -> Iterator[Sample]:
         yield Sample(f"{approximate}_strided", (*strided, approximate))
 
 
+@native.fake("geglu_forward")
+def _(level: int, gate: torch.Tensor, up: torch.Tensor, tanh: bool) -> torch.Tensor:
+    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+
+
+@native.fake("geglu_forward_out")
+def _(level: int, gate: torch.Tensor, up: torch.Tensor, tanh: bool, out: torch.Tensor) -> None:
+    return None
+
+
+@native.fake("geglu_backward")
+def _(
+    level: int, dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, tanh: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    fresh = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    return fresh, torch.empty_like(fresh)
+
+
+def refuses(gate: torch.Tensor, up: torch.Tensor, approximate: str) -> list[str]:
+    return native.refuses_tensors(gate, up)
+
+
 OP = Op(
     "geglu",
     reference,
     check,
     samples,
-    cpu="no CPU kernel yet: the definition runs",
+    tuple(map(by_name, native_candidates("geglu", refuses))),
     triton="no Triton kernel yet",
     cuda="no CUDA kernel: one elementwise pass is Triton's to fuse",
 )
+
+
+class GeGLU(contract.KernelFunction):
+    """The gradient of a kernel's forward pass, by the same kernel's backward pass."""
+
+    @staticmethod
+    def forward(
+        gate: torch.Tensor, up: torch.Tensor, approximate: str, kernel: Candidate
+    ) -> torch.Tensor:
+        return kernel.forward(gate, up, approximate)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        gate, up, ctx.approximate, ctx.kernel = inputs
+        ctx.save_for_backward(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        gate, up = tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            again = contract.gradients(lambda g, u: reference(g, u, ctx.approximate), tensors, dy)
+            return *again, None, None
+        return *ctx.kernel.backward(dy, gate, up, ctx.approximate), None, None
 
 
 def geglu(
@@ -80,4 +128,6 @@ def geglu(
     if out is not None:
         contract.check_out(out, gate.shape, gate, gate, up)
         return contract.into(out, kernel, gate, up, approximate)
+    if kernel.backward is not None and contract.wants_gradient(gate, up):
+        return GeGLU.record(gate, up, approximate, kernel)
     return kernel.forward(gate, up, approximate)

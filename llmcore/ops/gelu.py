@@ -12,17 +12,21 @@ as torch's is, which differs between its builds.
 Errors: TypeError for a dtype, ValueError for another `approximate`.
 Source: Hendrycks and Gimpel, Gaussian Error Linear Units, 2016, section 2.
 
-Kernels: forward(x, approximate) -> y; into the same with `out` behind.
+Kernels: forward(x, approximate) -> y; into the same with `out` behind, which may be x;
+backward(dy, x, approximate) -> dx.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from llmcore.dispatch import Op
+from llmcore import native
+from llmcore.dispatch import Candidate, Op, native_candidates
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -49,15 +53,75 @@ def samples(draw: Draw) -> Iterator[Sample]:
         yield Sample(f"{approximate}_far", (draw.normal(100) * 20, approximate))
 
 
+@native.fake("gelu_forward")
+def _(level: int, x: torch.Tensor, tanh: bool) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@native.fake("gelu_forward_out")
+def _(level: int, x: torch.Tensor, tanh: bool, out: torch.Tensor) -> None:
+    return None
+
+
+@native.fake("gelu_backward")
+def _(level: int, dy: torch.Tensor, x: torch.Tensor, tanh: bool) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def by_name(candidate: Candidate) -> Candidate:
+    """A raw candidate, which is told whether to go by tanh, as one that takes `approximate`."""
+    raw_forward, raw_backward, raw_into = candidate.forward, candidate.backward, candidate.into
+    assert raw_backward is not None and raw_into is not None
+
+    def forward(*args: Any) -> Any:
+        *tensors, approximate = args
+        return raw_forward(*tensors, approximate == "tanh")
+
+    def into(*args: Any) -> None:
+        *tensors, approximate, out = args
+        raw_into(*tensors, approximate == "tanh", out)
+
+    def backward(*args: Any) -> Any:
+        *tensors, approximate = args
+        return raw_backward(*tensors, approximate == "tanh")
+
+    return dataclasses.replace(candidate, forward=forward, backward=backward, into=into)
+
+
+def refuses(x: torch.Tensor, approximate: str) -> list[str]:
+    return native.refuses_tensors(x)
+
+
 OP = Op(
     "gelu",
     reference,
     check,
     samples,
-    cpu="no CPU kernel yet: the definition runs",
+    tuple(map(by_name, native_candidates("gelu", refuses))),
     triton="no Triton kernel yet",
     cuda="no CUDA kernel: one elementwise pass is Triton's to fuse",
 )
+
+
+class Gelu(contract.KernelFunction):
+    """The gradient of a kernel's forward pass, by the same kernel's backward pass."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, approximate: str, kernel: Candidate) -> torch.Tensor:
+        return kernel.forward(x, approximate)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, ctx.approximate, ctx.kernel = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        (x,) = tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            again = contract.gradients(lambda t: reference(t, ctx.approximate), tensors, dy)
+            return *again, None, None
+        return ctx.kernel.backward(dy, x, ctx.approximate), None, None
 
 
 def gelu(
@@ -75,4 +139,6 @@ def gelu(
     if out is not None:
         contract.check_out(out, x.shape, x, x)
         return contract.into(out, kernel, x, approximate)
+    if kernel.backward is not None and contract.wants_gradient(x):
+        return Gelu.record(x, approximate, kernel)
     return kernel.forward(x, approximate)

@@ -22,7 +22,10 @@ Errors: TypeError for a dtype, ValueError for a shape, a device, a group or a we
 that is not finite; RuntimeError where a gradient to a PackedWeight is asked. All name the argument.
 Source: Frantar et al., GPTQ, 2022, section 3 (groups); llama.cpp's Q8_0 and Q4_0 (the two scales).
 
-Kernels: forward(x, weight, bias) -> y; into the same with `out` behind.
+Kernels: forward(x, weight, bias) -> y; into the same with `out` behind;
+backward(dy, x, weight, needs) -> dx, dweight, dbias (float32), each None where not needed. The
+native one sums in one order whatever the number of rows: a row's bits do not depend on the batch.
+Its gradients are products of the same kind, of transposed copies.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 
-from llmcore.dispatch import Op
+from llmcore import native
+from llmcore.dispatch import Candidate, Op, native_candidates
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -221,16 +225,122 @@ def samples(draw: Draw) -> Iterator[Sample]:
     yield Sample("int4_group_128", (draw.normal(2, 256), packed, draw.normal(9)), keep=(2,))
 
 
+def refuses(
+    x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None
+) -> list[str]:
+    values = weight if isinstance(weight, torch.Tensor) else None
+    return native.refuses_tensors(x, values, bias)
+
+
+@native.fake("linear_forward")
+def _(
+    level: int,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group: int,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@native.fake("linear_forward_out")
+def _(
+    level: int,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group: int,
+    out: torch.Tensor,
+) -> None:
+    return None
+
+
+def raw_arguments(
+    x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None
+) -> tuple[Any, ...]:
+    """A call as the raw ops take it."""
+    if isinstance(weight, torch.Tensor):
+        return x, weight, None, bias, 0
+    return x, weight.values, weight.scales, bias, weight.group
+
+
+def with_contract_arguments(candidate: Candidate) -> Candidate:
+    """A raw candidate as one that takes the contract's arguments."""
+    raw_forward, raw_into = candidate.forward, candidate.into
+    assert raw_into is not None
+
+    def forward(*args: Any) -> torch.Tensor:
+        return raw_forward(*raw_arguments(*args))
+
+    def into(*args: Any) -> None:
+        raw_into(*raw_arguments(*args[:3]), args[3])
+
+    def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return raw_forward(x, weight, None, None, 0)
+
+    def backward(
+        dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs: tuple[bool, ...]
+    ) -> tuple[torch.Tensor | None, ...]:
+        rows = dy.flatten(0, -2) if dy.ndim > 1 else dy[None]
+        rows_of_x = x.flatten(0, -2) if x.ndim > 1 else x[None]
+        dx = product(dy, weight.T) if needs[0] else None
+        dweight = product(rows.T, rows_of_x.T) if needs[1] else None
+        return dx, dweight, rows.sum(0, dtype=torch.float32) if needs[2] else None
+
+    return replace(candidate, forward=forward, into=into, backward=backward)
+
+
+def candidates() -> tuple[Candidate, ...]:
+    found = native_candidates("linear", refuses, backward=False)
+    return tuple(map(with_contract_arguments, found))
+
+
 OP = Op(
     "linear",
     reference,
     check,
     samples,
+    candidates(),
     arguments=arguments,
-    cpu="no CPU kernel yet: the definition runs, a half type's weight widened at every call",
     triton="no Triton kernel yet",
     cuda="no CUDA kernel: plain products are the GPU library's",
 )
+
+
+class Linear(contract.KernelFunction):
+    """The gradient of a kernel's forward pass, by the same kernel's backward pass."""
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor,
+        weight: torch.Tensor | PackedWeight,
+        bias: torch.Tensor | None,
+        kernel: Candidate,
+    ) -> torch.Tensor:
+        return kernel.forward(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, weight, bias, ctx.kernel = inputs
+        ctx.packed = None if isinstance(weight, torch.Tensor) else weight
+        ctx.save_for_backward(x, weight if ctx.packed is None else None, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def define(*tensors: Any) -> torch.Tensor:
+                return reference(tensors[0], ctx.packed or tensors[1], tensors[2])
+
+            return *contract.gradients(define, (x, weight, bias), dy), None
+        if ctx.packed is not None:
+            weight = ctx.packed.dequantize().to(dy.dtype)
+        needs = ctx.needs_input_grad[:3]
+        dx, dweight, dbias = ctx.kernel.backward(dy, x, weight, needs)
+        return dx, dweight, None if dbias is None else dbias.to(bias.dtype), None
 
 
 def linear(
@@ -256,6 +366,8 @@ def linear(
         shape = (*x.shape[:-1], weight.shape[0])
         contract.check_out(out, shape, args[0], x, *_tensors(weight), bias)
         return contract.into(out, kernel, *args)
+    if kernel.backward is not None and contract.wants_gradient(x, *_tensors(weight), bias):
+        return Linear.record(*args, kernel)
     return kernel.forward(*args)
 
 

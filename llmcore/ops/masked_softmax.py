@@ -14,7 +14,8 @@ nothing; a NaN or +inf that a row sees makes the row NaN; S or T may be 0.
 Errors: TypeError for a dtype, ValueError for a shape or a device; both name the argument.
 Source: Vaswani et al., Attention Is All You Need, 2017, section 3.2.1.
 
-Kernels: forward(x, mask, causal, scale) -> y.
+Kernels: forward(x, mask, causal, scale) -> y; into the same with `out` behind, which may be x;
+backward(dy, y, causal, scale) -> dx. They have no gradient for a mask.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from typing import Any
 
 import torch
 
-from llmcore.dispatch import Op
+from llmcore import native
+from llmcore.dispatch import Candidate, Op, native_candidates
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -115,16 +117,76 @@ def samples(draw: Draw) -> Iterator[Sample]:
     yield Sample("one_axis", (draw.normal(17),), {"mask": draw.chance(0.5, 17)})
 
 
+def refuses(x: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float) -> list[str]:
+    reasons = native.refuses_tensors(x)
+    if contract.wants_gradient(mask):
+        reasons.append("mask requires a gradient: these kernels have none for it")
+    return reasons
+
+
+@native.fake("masked_softmax_forward")
+def _(
+    level: int, x: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float
+) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@native.fake("masked_softmax_forward_out")
+def _(
+    level: int,
+    x: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    return None
+
+
+@native.fake("masked_softmax_backward")
+def _(level: int, dy: torch.Tensor, y: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
+
+
 OP = Op(
     "masked_softmax",
     reference,
     check,
     samples,
+    native_candidates("masked_softmax", refuses),
     arguments=arguments,
-    cpu="no CPU kernel yet: the definition runs",
     triton="no Triton kernel yet",
     cuda="no CUDA kernel yet",
 )
+
+
+class MaskedSoftmax(contract.KernelFunction):
+    """The gradient of a kernel's forward pass, by the same kernel's backward pass."""
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        causal: bool,
+        scale: float,
+        kernel: Candidate,
+    ) -> torch.Tensor:
+        return kernel.forward(x, mask, causal, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, mask, ctx.causal, ctx.scale, ctx.kernel = inputs
+        ctx.save_for_backward(x, mask, output)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        x, mask, y = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            again = contract.gradients(
+                lambda t: reference(t, mask, ctx.causal, ctx.scale), (x,), dy
+            )
+            return *again, None, None, None, None
+        return ctx.kernel.backward(dy, y, ctx.causal, ctx.scale), None, None, None, None
 
 
 def masked_softmax(
@@ -133,14 +195,23 @@ def masked_softmax(
     mask: torch.Tensor | None = None,
     causal: bool = False,
     scale: float = 1.0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(x * scale) over the last axis, without masked elements; a row that sees nothing is 0.
 
     x (..., T, S); mask broadcastable to it, bool (True = may see) or float (added after scale).
-    causal: row i sees the elements j <= S - T + i. The result has x's shape and dtype.
+    causal: row i sees the elements j <= S - T + i. The result has x's shape and dtype. `out`,
+    contiguous, takes it instead of a fresh tensor (it may be x itself); no gradient goes through
+    it.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
     """
-    key = contract.call_key((x, mask), causal, scale, contract.wants_gradient(x, mask))
-    return OP.kernel(key, x, mask, causal, scale).forward(x, mask, causal, scale)
+    key = contract.call_key((x, mask), causal, scale, contract.wants_gradient(mask))
+    kernel = OP.kernel(key, x, mask, causal, scale)
+    if out is not None:
+        contract.check_out(out, x.shape, x, x, mask)
+        return contract.into(out, kernel, x, mask, causal, scale)
+    if kernel.backward is not None and contract.wants_gradient(x):
+        return MaskedSoftmax.record(x, mask, causal, scale, kernel)
+    return kernel.forward(x, mask, causal, scale)

@@ -13,7 +13,8 @@ Edge cases: any of B, H, T, R may be 0; NaN and inf as in the formula.
 Errors: TypeError for a dtype, ValueError for a shape or a device; both name the argument.
 Source: Su et al., RoFormer, 2021, equation 34.
 
-Kernels: forward(x, cos, sin, interleaved) -> y; into the same with `out` behind, which may be x.
+Kernels: forward(x, cos, sin, interleaved) -> y; into the same with `out` behind, which may be x;
+backward(dy, cos, sin, interleaved) -> dx. The native ones have no gradient for cos and sin.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from typing import Any
 
 import torch
 
-from llmcore.dispatch import Op
+from llmcore import native
+from llmcore.dispatch import Candidate, Op, native_candidates
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -94,16 +96,77 @@ def samples(draw: Draw) -> Iterator[Sample]:
         yield Sample(f"{layout}_empty", (draw.normal(2, 3, 0, 8), *angles(draw, 0, 4)), options)
 
 
+@native.fake("rope_forward")
+def _(
+    level: int, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@native.fake("rope_forward_out")
+def _(
+    level: int,
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool,
+    out: torch.Tensor,
+) -> None:
+    return None
+
+
+@native.fake("rope_backward")
+def _(
+    level: int, dy: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
+    return torch.empty_like(dy, memory_format=torch.contiguous_format)
+
+
+def refuses(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> list[str]:
+    reasons = native.refuses_tensors(x, cos, sin)
+    if cos.dtype != sin.dtype:
+        reasons.append(f"cos in {cos.dtype}, sin in {sin.dtype}: these kernels take one dtype")
+    if contract.wants_gradient(cos, sin):
+        reasons.append("cos or sin requires a gradient: these kernels have that of x only")
+    return reasons
+
+
 OP = Op(
     "rope",
     reference,
     check,
     samples,
+    native_candidates("rope", refuses),
     arguments=arguments,
-    cpu="no CPU kernel yet: the definition runs",
     triton="no Triton kernel yet",
     cuda="no CUDA kernel: one elementwise pass is Triton's to fuse",
 )
+
+
+class Rope(contract.KernelFunction):
+    """The gradient of x: dy turned back."""
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        interleaved: bool,
+        kernel: Candidate,
+    ) -> torch.Tensor:
+        return kernel.forward(x, cos, sin, interleaved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _, cos, sin, ctx.interleaved, ctx.kernel = inputs
+        ctx.save_for_backward(cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        cos, sin = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a rotation is linear: turning back has its own gradient
+            return reference(dy, cos, -sin, ctx.interleaved), None, None, None, None
+        return ctx.kernel.backward(dy, cos, sin, ctx.interleaved), None, None, None, None
 
 
 def rope(
@@ -123,9 +186,11 @@ def rope(
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
     """
-    key = contract.call_key((x, cos, sin), interleaved)
+    key = contract.call_key((x, cos, sin), interleaved, contract.wants_gradient(cos, sin))
     kernel = OP.kernel(key, x, cos, sin, interleaved)
     if out is not None:
         contract.check_out(out, x.shape, x, x, cos, sin)
         return contract.into(out, kernel, x, cos, sin, interleaved)
+    if kernel.backward is not None and contract.wants_gradient(x):
+        return Rope.record(x, cos, sin, interleaved, kernel)
     return kernel.forward(x, cos, sin, interleaved)

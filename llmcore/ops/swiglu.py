@@ -9,17 +9,20 @@ Edge cases: empty gives empty; NaN and inf as in torch's silu and product.
 Errors: TypeError for a dtype, ValueError for a shape or a device; both name the argument.
 Source: Shazeer, GLU Variants Improve Transformer, 2020, equation 6 (the part before W2).
 
-Kernels: forward(gate, up) -> y; into the same with `out` behind.
+Kernels: forward(gate, up) -> y; into the same with `out` behind, which may be gate or up;
+backward(dy, gate, up) -> dgate, dup.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from llmcore.dispatch import Op
+from llmcore import native
+from llmcore.dispatch import Candidate, Op, native_candidates
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -44,15 +47,57 @@ def samples(draw: Draw) -> Iterator[Sample]:
     yield Sample("far", (draw.normal(100) * 30, draw.normal(100)))
 
 
+@native.fake("swiglu_forward")
+def _(level: int, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+
+
+@native.fake("swiglu_forward_out")
+def _(level: int, gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> None:
+    return None
+
+
+@native.fake("swiglu_backward")
+def _(
+    level: int, dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    fresh = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    return fresh, torch.empty_like(fresh)
+
+
+def refuses(gate: torch.Tensor, up: torch.Tensor) -> list[str]:
+    return native.refuses_tensors(gate, up)
+
+
 OP = Op(
     "swiglu",
     reference,
     check,
     samples,
-    cpu="no CPU kernel yet: the definition runs",
+    native_candidates("swiglu", refuses),
     triton="no Triton kernel yet",
     cuda="no CUDA kernel: one elementwise pass is Triton's to fuse",
 )
+
+
+class SwiGLU(contract.KernelFunction):
+    """The gradient of a kernel's forward pass, by the same kernel's backward pass."""
+
+    @staticmethod
+    def forward(gate: torch.Tensor, up: torch.Tensor, kernel: Candidate) -> torch.Tensor:
+        return kernel.forward(gate, up)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        gate, up, ctx.kernel = inputs
+        ctx.save_for_backward(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        gate, up = tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *contract.gradients(reference, tensors, dy), None
+        return *ctx.kernel.backward(dy, gate, up), None
 
 
 def swiglu(
@@ -70,4 +115,6 @@ def swiglu(
     if out is not None:
         contract.check_out(out, gate.shape, gate, gate, up)
         return contract.into(out, kernel, gate, up)
+    if kernel.backward is not None and contract.wants_gradient(gate, up):
+        return SwiGLU.record(gate, up, kernel)
     return kernel.forward(gate, up)

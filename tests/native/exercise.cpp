@@ -60,6 +60,28 @@ void require_numbers(const Buffer& values, int64_t count, const char* what) {
 
 constexpr Dtype DTYPES[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
 
+void exercise_add_norms(const Kernels& kernels, int64_t rows, int64_t width, Dtype dtype) {
+  const int64_t count = rows * width;
+  const Buffer x(count, dtype), residual(count, dtype), y(count, dtype), total(count, dtype);
+  const Buffer dy(count, dtype), dtotal(count, dtype), dx(count, dtype), weight(width, dtype), bias(width, dtype);
+  const Buffer dweight(width, Dtype::float32), dbias(width, Dtype::float32);
+  require(kernels.add_rms_norm_forward({x, residual, weight, y, total, rows, width, 1e-6f, dtype, dtype}),
+          "add_rms_norm_forward");
+  require(
+      kernels.add_layer_norm_forward({x, residual, weight, bias, y, residual, rows, width, 1e-5f, dtype, dtype, dtype}),
+      "add_layer_norm_forward");
+  for (const void* d : {static_cast<const void*>(dtotal), static_cast<const void*>(nullptr)}) {
+    require(
+        kernels.add_rms_norm_backward({{dy, total, weight, dx, dweight.floats(), rows, width, 1e-6f, dtype, dtype}, d}),
+        "add_rms_norm_backward");
+    require(
+        kernels.add_layer_norm_backward(
+            {{dy, total, nullptr, dx, dweight.floats(), dbias.floats(), rows, width, 1e-5f, dtype, Dtype::float32}, d}),
+        "add_layer_norm_backward");
+  }
+  require_numbers(dweight, width, "add_layer_norm_backward: NaN");
+}
+
 void exercise_rows(const Kernels& kernels, int64_t rows, int64_t width, Dtype dtype) {
   const int64_t count = rows * width;
   const Buffer x(count, dtype), dy(count, dtype), y(count, dtype), dx(count, dtype);
@@ -79,8 +101,127 @@ void exercise_rows(const Kernels& kernels, int64_t rows, int64_t width, Dtype dt
   }
   require(kernels.rms_norm_backward({dy, x, nullptr, dx, nullptr, rows, width, 1e-6f, dtype, dtype}),
           "without dweight");
+  exercise_add_norms(kernels, rows, width, dtype);
   require(kernels.softmax_forward({x, y, rows, width, dtype}), "softmax_forward");
   require(kernels.softmax_backward({dy, y, dx, rows, width, dtype}), "softmax_backward");
+}
+
+void exercise_gelu(const Kernels& kernels, int64_t count, Dtype dtype) {
+  const Buffer x(count, dtype), dy(count, dtype), y(count, dtype), dx(count, dtype);
+  for (const bool tanh : {false, true}) {
+    require(kernels.gelu_forward({x, y, count, dtype, tanh}), "gelu_forward");
+    require(kernels.gelu_backward({dy, x, dx, count, dtype, tanh}), "gelu_backward");
+    if (dtype == Dtype::float32) require_numbers(dx, count, "gelu_backward: NaN");
+  }
+}
+
+// Two halves of one buffer, and rows that follow one another.
+void exercise_gated(const Kernels& kernels, int64_t rows, int64_t width, Dtype dtype) {
+  const int64_t count = rows * width, stride = 2 * width;
+  const Buffer both(2 * count, dtype), dy(count, dtype), y(count, dtype), dgate(count, dtype), dup(count, dtype);
+  const uint8_t* up = both.data.get() + size_t(rows == 0 ? 0 : width) * bytes_of(dtype);
+  for (const bool tanh : {false, true}) {
+    require(kernels.geglu_forward({both, up, y, rows, width, stride, stride, dtype, tanh}), "geglu_forward");
+    require(kernels.geglu_backward({dy, both, up, dgate, dup, rows, width, stride, stride, dtype, tanh}),
+            "geglu_backward");
+    if (dtype == Dtype::float32) require_numbers(dgate, count, "geglu_backward: NaN");
+  }
+  require(kernels.swiglu_forward({both, up, y, rows, width, stride, stride, dtype, false}), "swiglu_forward");
+  require(kernels.swiglu_backward({dy, both, up, dgate, dup, rows, width, stride, stride, dtype, false}),
+          "swiglu_backward");
+  if (dtype == Dtype::float32) require_numbers(dgate, count, "swiglu_backward: NaN");
+  require(kernels.swiglu_forward({dgate, dup, y, rows, width, width, width, dtype, false}), "swiglu_forward");
+}
+
+// x as (B, T, H, D), which its strides turn; a table for each sequence, and one for all.
+void exercise_rope(const Kernels& kernels, int64_t heads, int64_t length, int64_t width, int64_t half, Dtype dtype) {
+  const int64_t batch = 2, count = batch * heads * length * width;
+  const Buffer x(count, dtype), y(count, dtype);
+  for (const Dtype angle_dtype : {Dtype::float32, dtype}) {
+    const Buffer cos(batch * length * half, angle_dtype), sin(batch * length * half, angle_dtype);
+    for (const bool interleaved : {false, true}) {
+      for (const int64_t batch_stride : {int64_t{0}, length * half}) {
+        Rope rope{x,
+                  cos,
+                  sin,
+                  y,
+                  batch,
+                  heads,
+                  length,
+                  width,
+                  half,
+                  {length * heads * width, width, heads * width},
+                  batch_stride,
+                  dtype,
+                  angle_dtype,
+                  interleaved,
+                  batch_stride == 0};
+        require(kernels.rope(rope), "rope");
+        if (dtype == Dtype::float32) require_numbers(y, count, "rope: NaN");
+      }
+    }
+  }
+}
+
+void exercise_cross_entropy(const Kernels& kernels, int64_t rows, int64_t classes, Dtype dtype) {
+  if (classes == 0) return;
+  const Buffer logits(rows * classes, dtype), dlogits(rows * classes, dtype), statistics(2 * rows, Dtype::float32);
+  std::vector<int64_t> target(static_cast<size_t>(rows), classes - 1);
+  for (size_t i = 0; i < target.size(); i += 3) target[i] = -100;
+  for (const Reduction reduction : {Reduction::mean, Reduction::sum, Reduction::none}) {
+    const Buffer loss(reduction == Reduction::none ? rows : 1, dtype);
+    const float smoothing = reduction == Reduction::sum ? 0.0f : 0.1f;
+    require(kernels.cross_entropy_forward(
+                {logits, target.data(), loss, statistics.floats(), rows, classes, -100, smoothing, reduction, dtype}),
+            "cross_entropy_forward");
+    require(kernels.cross_entropy_backward({loss, logits, target.data(), statistics.floats(), dlogits, rows, classes,
+                                            -100, smoothing, reduction, dtype}),
+            "cross_entropy_backward");
+  }
+  require_numbers(statistics, 2 * rows, "cross_entropy_forward: NaN");
+}
+
+// x is (2, T, S); masks of both kinds, with strides (0, S, 1), and (0, 1, 0): one value for each row.
+void exercise_masked_softmax(const Kernels& kernels, int64_t T, int64_t S, Dtype dtype) {
+  const int64_t rows = 2 * T, sizes[3] = {2, T, S}, full[3] = {0, S, 1}, narrow[3] = {0, 1, 0};
+  const Buffer x(rows * S, dtype), y(rows * S, dtype), dy(rows * S, dtype), dx(rows * S, dtype), mask(T * S, dtype);
+  std::vector<uint8_t> seen(size_t(T * S), 1);
+  for (size_t i = 0; i < seen.size(); i += 2) seen[i] = 0;
+  MaskedSoftmaxForward a{x, y, rows, 3, sizes, nullptr, nullptr, false, false, 0.5f, dtype, dtype};
+  for (const bool causal : {false, true}) {
+    a.causal = causal;
+    for (const int64_t* strides : {full, narrow}) {
+      a.mask_strides = strides;
+      a.mask_is_bool = false;
+      for (const void* m : {static_cast<const void*>(nullptr), static_cast<const void*>(mask)}) {
+        a.mask = m;
+        require(kernels.masked_softmax_forward(a), "masked_softmax_forward");
+      }
+      a.mask_is_bool = true, a.mask = seen.data();
+      require(kernels.masked_softmax_forward(a), "masked_softmax_forward with bytes");
+    }
+    require(kernels.masked_softmax_backward({dy, y, dx, rows, T, S, causal, 0.5f, dtype}), "masked_softmax_backward");
+  }
+  if (dtype == Dtype::float32) require_numbers(dx, rows * S, "masked_softmax_backward: NaN");
+}
+
+void exercise_linear(const Kernels& kernels, int64_t rows, int64_t width, int64_t outputs, Dtype dtype) {
+  const Buffer x(rows * width, dtype), bias(outputs, Dtype::float32), y(rows * outputs, dtype);
+  const auto run = [&](const void* weight, const void* scales, int64_t group, WeightFormat format) {
+    require(kernels.linear_forward(
+                {x, weight, scales, bias, y, rows, outputs, width, group, dtype, Dtype::float32, format}),
+            "linear_forward");
+  };
+  for (const Dtype plain : DTYPES) {
+    const Buffer weight(outputs * width, plain);
+    run(weight, nullptr, 0, WeightFormat(int32_t(plain)));
+  }
+  if (width % 16 != 0) return;
+  const Buffer scales(outputs * width / 16, Dtype::bfloat16);
+  const std::unique_ptr<uint8_t[]> bytes(new uint8_t[size_t(outputs * width)]());
+  run(bytes.get(), scales, 16, WeightFormat::int8);
+  const std::unique_ptr<uint8_t[]> halves(new uint8_t[size_t(outputs * width / 2)]());
+  run(halves.get(), scales, 16, WeightFormat::int4);
 }
 
 struct Shape {
@@ -167,9 +308,23 @@ int main() {
     const Kernels& kernels = *kernels_at(level);
     for (const Dtype dtype : DTYPES) {
       for (const int64_t width : {0, 1, 3, 16, 17, 63, 130, 1025}) {
-        for (const int64_t rows : {0, 1, 7, 70}) exercise_rows(kernels, rows, width, dtype);
+        for (const int64_t rows : {0, 1, 7, 70}) {
+          exercise_rows(kernels, rows, width, dtype);
+          exercise_gated(kernels, rows, width, dtype);
+          exercise_gelu(kernels, rows * width, dtype);
+          exercise_cross_entropy(kernels, rows, width, dtype);
+          exercise_masked_softmax(kernels, rows, width, dtype);
+        }
+        for (const int64_t half : {int64_t{0}, width / 3, width / 2}) {
+          for (const int64_t length : {0, 1, 5}) exercise_rope(kernels, 3, length, width, half, dtype);
+        }
       }
       exercise_rows(kernels, 200, 600, dtype);  // enough for two threads
+      for (const int64_t width : {0, 1, 16, 33, 1040}) {
+        for (const int64_t rows : {0, 1, 5, 99}) exercise_linear(kernels, rows, width, 103, dtype);
+      }
+      exercise_cross_entropy(kernels, 20, 9001, dtype);
+      exercise_masked_softmax(kernels, 100, 600, dtype);
       for (const bool options : {false, true}) {
         for (const Shape& shape : std::initializer_list<Shape>{{1, 1, 1, 1, 1, 1, 1},
                                                                {2, 4, 2, 1, 700, 16, 24},

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from llmcore import ops
 
@@ -69,3 +70,29 @@ def test_add_layer_norm_errors() -> None:
         ops.add_layer_norm(x, x, out=(room, room))
     with pytest.raises(RuntimeError, match="out: has no gradient"):
         ops.add_layer_norm(x.requires_grad_(), x, out=(room, torch.empty(5, 64)))
+
+
+def test_add_layer_norm_second_derivative() -> None:
+    x, residual, weight, bias = (
+        torch.randn(*s, requires_grad=True) for s in ((2, 9), (2, 9), (9,), (9,))
+    )
+
+    def size_of_the_gradient(function: object) -> tuple[torch.Tensor, ...]:
+        y, total = function(x, residual, weight, bias)  # type: ignore[operator]
+        loss = y.square().sum() + total.pow(3).sum()
+        (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), (x, residual, weight))
+
+    def plain(x: torch.Tensor, residual: torch.Tensor, *rest: torch.Tensor) -> object:
+        return F.layer_norm(x + residual, (9,), *rest, 1e-5), x + residual
+
+    ours, theirs = size_of_the_gradient(ops.add_layer_norm), size_of_the_gradient(plain)
+    for mine, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, their, rtol=1e-4, atol=1e-4)
+
+
+def test_add_layer_norm_gradient_of_the_sum_alone() -> None:
+    x, residual = torch.randn(4, 33, requires_grad=True), torch.randn(4, 33)
+    _, total = ops.add_layer_norm(x, residual)
+    (dx,) = torch.autograd.grad(total.sum(), x)
+    assert torch.equal(dx, torch.ones(4, 33))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmcore import ops
+from llmcore import native, ops
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -133,3 +133,36 @@ def test_cross_entropy_errors() -> None:
         ops.cross_entropy(logits, target, reduction="average")
     with pytest.raises(TypeError, match="ignore_index: expected an int"):
         ops.cross_entropy(logits, target, ignore_index=1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_cross_entropy_second_derivative(reduction: str) -> None:
+    logits, target = torch.randn(3, 9, requires_grad=True), torch.tensor([1, -100, 8])
+    results = []
+    for function in (ops.cross_entropy, torchs):
+        loss = function(logits, target, reduction=reduction, label_smoothing=0.1)
+        (grad,) = torch.autograd.grad(loss.square().sum(), logits, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), logits))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_cross_entropy_long_row_whose_maximum_grows(smoothing: float) -> None:
+    """More than a kernel reads at once; it starts with -inf, as a masked vocabulary may."""
+    logits = torch.linspace(-40, 30, 13001).repeat(2, 1)
+    if smoothing == 0:
+        logits[:, :5000] = -math.inf
+    logits = (logits + 900).requires_grad_()
+    target, results = torch.tensor([12000, 6000]), []
+    for function in (ops.cross_entropy, torchs):
+        loss = function(logits, target, label_smoothing=smoothing)
+        results.append((loss, *torch.autograd.grad(loss, logits)))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+
+
+def test_cross_entropy_raw_op_checks_targets_too() -> None:
+    if native.module is None:
+        pytest.skip(native.why_not)
+    forward = native.op("cross_entropy_forward")
+    with pytest.raises(RuntimeError, match="target: got 5, expected 0 to 4"):
+        forward(native.BEST_LEVEL, torch.randn(1, 5), torch.tensor([5]), -100, 0.0, 0)

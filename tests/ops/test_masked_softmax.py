@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmcore import ops
+from llmcore import dispatch, ops
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -100,3 +100,44 @@ def test_masked_softmax_errors() -> None:
         ops.masked_softmax(x, scale=math.nan)
     with pytest.raises(TypeError, match="scale: expected a number, got str"):
         ops.masked_softmax(x, scale="half")  # type: ignore[arg-type]
+
+
+def test_masked_softmax_masks_of_any_strides() -> None:
+    x, seen = torch.randn(2, 3, 1, 5, 19), torch.rand(3, 1, 19, 5) < 0.6
+    added = torch.randn(2, 1, 1, 19, 5)
+    for mask in (seen.mT, seen.mT[..., :1], added.mT, added.mT[..., :1], added[0, 0, 0, :, 0]):
+        fresh = mask.expand(x.shape).contiguous()
+        want = ops.masked_softmax(x, mask=fresh, causal=True)
+        got = ops.masked_softmax(x, mask=mask, causal=True)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_masked_softmax_mask_with_a_gradient_takes_the_definition() -> None:
+    x, mask = torch.randn(3, 5), torch.randn(5)
+    ops.masked_softmax(x, mask=mask)  # the choice for this call must not be taken again
+    mask.requires_grad_()
+    (dmask,) = torch.autograd.grad(ops.masked_softmax(x, mask=mask).square().sum(), mask)
+    assert dmask.abs().sum() > 0
+    assert dispatch.explain("masked_softmax", x, mask=mask).chosen == "reference"
+
+
+def test_masked_softmax_out_may_be_x() -> None:
+    x = torch.randn(2, 5, 33)
+    y = ops.masked_softmax(x, causal=True, scale=0.5)
+    assert ops.masked_softmax(x, causal=True, scale=0.5, out=x) is x
+    assert torch.equal(x, y)
+    with pytest.raises(RuntimeError, match="out: has no gradient"):
+        ops.masked_softmax(torch.randn(2, 3, requires_grad=True), out=torch.empty(2, 3))
+
+
+def test_masked_softmax_second_derivative() -> None:
+    x = torch.randn(4, 4, requires_grad=True)
+    hidden = torch.ones(4, 4, dtype=torch.bool).triu(1)
+    results = []
+    for y in (
+        ops.masked_softmax(x, causal=True, scale=0.5),
+        F.softmax((x * 0.5).masked_fill(hidden, -math.inf), -1),
+    ):
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(dx.square().sum(), x))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
