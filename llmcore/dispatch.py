@@ -11,11 +11,13 @@ import contextlib
 import importlib
 import inspect
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from llmcore import device, native
 
@@ -27,6 +29,11 @@ UNFORCED = ("cuda", "triton", "cpu", "reference")
 
 forced: str | None = os.environ.get("LLMCORE_BACKEND") or None
 """The backend that must run, process-wide; None: the first candidate that does not refuse."""
+
+_unforced: str | None = forced
+_entries: list[list[str]] = []
+_lock = threading.Lock()
+# Of `use`: what `forced` was outside of it, the blocks that are entered, and what guards all three.
 
 REGISTRY: dict[str, Op] = {}
 """Every op by name."""
@@ -63,7 +70,26 @@ class Candidate:
 
     def reasons(self, *args: Any) -> list[str]:
         """Why this candidate does not run this call; empty when it does."""
-        return [self.machine] if self.machine else self.refuses(*args)
+        if self.machine:
+            return [self.machine]
+        if self.backend != "reference" and forward_ad._current_level >= 0 and carries_tangent(args):
+            return ["forward-mode differentiation: only the definition has it"]
+        return self.refuses(*args)
+
+
+def carries_tangent(args: tuple[Any, ...]) -> bool:
+    """Whether forward-mode differentiation goes through a tensor among these, or inside a tuple.
+
+    Inside of torch.func's transforms a tangent can hide below another one's wrapper: always True.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(
+        carries_tangent(a)
+        if isinstance(a, tuple)
+        else isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None
+        for a in args
+    )
 
 
 def native_candidates(
@@ -164,8 +190,9 @@ class Op:
             ValueError: the forced backend's name is unknown.
             TypeError, ValueError: the check's own.
         """
-        # In compilation shapes may be symbolic, and a graph must not depend on a cache.
-        if key is None or torch.compiler.is_compiling():
+        # In compilation shapes may be symbolic, and a graph must not depend on a cache; keys do not
+        # hold tangents.
+        if key is None or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
             return self._choose(*args)
         choice = self.chosen.get((forced, key))
         if choice is None:
@@ -226,15 +253,23 @@ def check_backend(name: object) -> None:
 def use(backend: str) -> Iterator[None]:
     """Forces one backend inside a `with` block, process-wide (as torch.backends' flags are).
 
-    A call that the backend refuses raises BackendError with the reasons; nothing falls back.
+    A call that the backend refuses raises BackendError with the reasons; nothing falls back. The
+    block entered last of those not yet left counts, whichever thread it is in.
     """
-    global forced
+    global forced, _unforced
     check_backend(backend)
-    before, forced = forced, backend
+    entry = [backend]  # told from others by identity
+    with _lock:
+        if not _entries:
+            _unforced = forced
+        _entries.append(entry)
+        forced = backend
     try:
         yield
     finally:
-        forced = before
+        with _lock:
+            _entries[:] = [e for e in _entries if e is not entry]
+            forced = _entries[-1][0] if _entries else _unforced
 
 
 class Backends(dict[str, dict[str, str]]):

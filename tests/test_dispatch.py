@@ -273,3 +273,25 @@ def test_raw_op_without_the_extension_says_why(monkeypatch: pytest.MonkeyPatch) 
         native.op("rms_norm_forward")()
     candidates: Any = dispatch.native_candidates("rms_norm", lambda *a: [])
     assert {c.machine for c in candidates} == {"not built: no compiler"}
+
+
+def test_use_survives_interleaved_blocks() -> None:
+    """As two threads would leave them: each takes away its own entry, and nothing sticks."""
+    first, second = llmcore.use("reference"), llmcore.use("cpu_portable")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert dispatch.forced == "cpu_portable"
+    second.__exit__(None, None, None)
+    assert dispatch.forced is None
+
+
+def test_a_cached_call_does_not_let_a_bad_one_through() -> None:
+    x = torch.ones(2, 3)
+    ops.softmax(x, 1)
+    with pytest.raises(TypeError, match="dim"):
+        ops.softmax(x, 1.0)
+    with pytest.raises((TypeError, ValueError), match="eps"):
+        ops.rms_norm(x, None, None)
+    with pytest.raises(ValueError, match="eps"):
+        ops.rms_norm(x, None, -1.0)

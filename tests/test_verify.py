@@ -562,3 +562,13 @@ def test_judge_accepts_torchs_own_layer_norm() -> None:
     gold = REGISTRY["layer_norm"].reference(x.double(), weight.double(), None, 1e-5)
     plain = REGISTRY["layer_norm"].reference(x, weight, None, 1e-5)
     assert judge(F.layer_norm(x, (65,), weight), gold, plain, 2.0).passed
+
+
+def test_judge_is_not_blinded_by_a_plain_that_overflowed() -> None:
+    gold = torch.tensor([70000.0, 1.0], dtype=torch.float64)
+    plain = torch.tensor([float("inf"), 1.0], dtype=torch.float16)
+    wrong = torch.tensor([1.0, -999.0], dtype=torch.float16)
+    assert not judge(wrong, gold, plain, 2.0).passed
+    half_wrong = torch.tensor([1.0, 1.0], dtype=torch.float16)
+    assert not judge(half_wrong, gold, plain, 2.0).passed
+    assert judge(plain.clone(), gold, plain, 2.0).passed

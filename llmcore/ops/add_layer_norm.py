@@ -20,6 +20,7 @@ is residual's gradient too, dweight, dbias (C, float32); what is not needed is e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,6 +58,7 @@ def check(
     contract.check_shape(x.shape, "the shape of x", residual=residual)
     contract.check_dtype(x, "x + residual", or_float32=True, weight=weight, bias=bias)
     contract.check_shape(x.shape[-1:], "the last axis of x", weight=weight, bias=bias)
+    contract.check_number(0, math.inf, eps=eps)
 
 
 def arguments(
@@ -175,7 +177,7 @@ class AddLayerNorm(contract.KernelFunction):
     def backward(ctx: Any, dy: torch.Tensor | None, dtotal: torch.Tensor | None) -> tuple[Any, ...]:
         total, weight, bias = tensors = ctx.saved_tensors
         dy = torch.zeros_like(total) if dy is None else dy
-        if torch.is_grad_enabled():
+        if contract.differentiated_again():
             # The gradient of x and of residual alike. Views, since total itself depends on weight.
             views = [t if t is None else t.view_as(t) for t in tensors]
             dx, *rest = contract.gradients(
@@ -218,7 +220,7 @@ def add_layer_norm(
         TypeError, ValueError: an argument doesn't fit; the message names it.
     """
     args = arguments(x, residual, weight, bias, eps)
-    kernel = OP.kernel(contract.call_key(args[:4]), *args)
+    kernel = OP.kernel(contract.call_key(args[:4], eps), *args)
     if out is not None:
         contract.check_out_pair(out, args[0].shape, args[0], x, residual, weight, bias)
         return contract.into_pair(out, kernel, *args)

@@ -209,7 +209,7 @@ def call_key(
             *(q.shape, q.dtype, q.device, q.layout),
             *(k.shape, k.dtype, k.device, k.layout),
             *(v.shape, v.dtype, v.device, v.layout),
-            *(options, rest),
+            *(options, contract.types_key(options), rest),
         )
         hash(key)
     except (AttributeError, TypeError):

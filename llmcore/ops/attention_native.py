@@ -153,7 +153,7 @@ class Attention(contract.KernelFunction):
         extra = Extra(
             mask, kv_lengths, ctx.offset if offset is None else offset, None, slopes, seed
         )
-        if torch.is_grad_enabled():
+        if contract.differentiated_again():
 
             def define(q: Any, k: Any, v: Any, sinks: Any) -> Result:
                 return reference(q, k, v, extra._replace(sinks=sinks), ctx.options)

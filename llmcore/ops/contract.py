@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 from llmcore.dispatch import Candidate
 
@@ -152,13 +153,20 @@ def check_rows(x: torch.Tensor, name: str = "x") -> None:
 
 
 def check_out(
-    out: torch.Tensor, shape: Sequence[int], like: torch.Tensor, *inputs: torch.Tensor | None
+    out: torch.Tensor,
+    shape: Sequence[int],
+    like: torch.Tensor,
+    *inputs: torch.Tensor | None,
+    in_place: bool = True,
 ) -> None:
     """`out` must be able to hold the result as it is, and no input may want a gradient through it.
 
+    It may be an input of its shape where `in_place` says so (the op's row-wise kernels read a row,
+    or an element, before they write it), but must not share a part of one's memory.
+
     Raises:
         TypeError: another dtype.
-        ValueError: another shape or device, or not contiguous.
+        ValueError: another shape or device, not contiguous, or overlapping an input.
         RuntimeError: a gradient is wanted.
     """
     check_floating(x=like, out=out)
@@ -170,6 +178,9 @@ def check_out(
         raise RuntimeError(
             "out: has no gradient, but an input requires one; call without it or in torch.no_grad()"
         )
+    for tensor in inputs:
+        if tensor is not None and overlap(out, tensor) and not (in_place and same(out, tensor)):
+            raise ValueError("out: overlaps the memory of an input")
 
 
 def check_out_pair(
@@ -178,13 +189,51 @@ def check_out_pair(
     like: torch.Tensor,
     *inputs: torch.Tensor | None,
 ) -> None:
-    """check_out for an op with two results, which must not share memory."""
+    """check_out for an op with two results, which must not share memory.
+
+    Only the first two inputs (x and residual) may be an out: the parameters are read after the sum
+    is written.
+    """
     if not isinstance(out, tuple | list) or len(out) != 2:
         raise TypeError(f"out: expected a pair of tensors, got {type(out).__name__}")
     for tensor in out:
         check_out(tensor, shape, like, *inputs)
+        check_out(tensor, shape, like, *inputs[2:], in_place=False)
     if out[0] is out[1]:
         raise ValueError("out: got one tensor twice, expected two")
+    if overlap(*out):
+        raise ValueError("out: the two tensors share memory, expected two apart")
+
+
+def memory(tensor: torch.Tensor) -> tuple[int, int]:
+    """The addresses from a tensor's first byte to behind its last; (0, 0) where there are none."""
+    plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
+    if not plain or tensor.layout != torch.strided or tensor.numel() == 0:
+        return 0, 0
+    start, last = tensor.data_ptr(), tensor.numel() - 1
+    if not tensor.is_contiguous():
+        last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the addresses that two tensors span overlap; False where they cannot be asked."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if a.device != b.device or a.device.type == "meta":
+        return False
+    (start, stop), (other_start, other_stop) = memory(a), memory(b)
+    return start < other_stop and other_start < stop
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether each element of a lies where b's does; a is contiguous."""
+    return (
+        a.data_ptr() == b.data_ptr()
+        and a.shape == b.shape
+        and a.dtype == b.dtype
+        and b.is_contiguous()
+    )
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -192,22 +241,47 @@ def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors)
 
 
+def differentiated_again() -> bool:
+    """Whether a backward pass must itself be differentiable: `gradients` then stands in for it.
+
+    By reverse mode (create_graph=True, torch.func), or by forward mode, where a raw op would lose
+    the tangents.
+    """
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 def gradients(
     reference: Callable[..., Any], tensors: Sequence[torch.Tensor | None], gradient: Any
 ) -> list[torch.Tensor | None]:
-    """Gradients of the definition for each tensor that requires one; differentiable in turn.
+    """Gradients of the definition for each floating tensor; differentiable in turn.
 
-    Kernels' backward passes hand over to it when a gradient of the gradient is wanted
-    (create_graph=True).
+    Kernels' backward passes hand over to it when a gradient of the gradient is wanted. Each tensor
+    counts as an input of its own, even if it is another one or was computed from another one
+    (attention(x, x, x)): autograd adds up what goes through both.
     """
+    wanted = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point()]
+
+    def of_wanted(*inputs: torch.Tensor) -> Any:
+        every = list(tensors)
+        for i, tensor in zip(wanted, inputs, strict=True):
+            every[i] = tensor
+        return reference(*every)
+
+    found: list[torch.Tensor | None] = [None] * len(tensors)
     with torch.enable_grad():
-        wanted = [t for t in tensors if t is not None and t.requires_grad]
-        found = iter(
-            torch.autograd.grad(
-                reference(*tensors), wanted, gradient, create_graph=True, allow_unused=True
-            )
-        )
-    return [next(found) if t is not None and t.requires_grad else None for t in tensors]
+        inputs: list[Any] = [tensors[i] for i in wanted]
+        pull = torch.func.vjp(of_wanted, *inputs)[1]
+        for i, tensor in zip(wanted, pull(gradient), strict=True):
+            found[i] = tensor
+    return found
+
+
+def written(*outs: torch.Tensor) -> None:
+    """Tells autograd that a kernel wrote into these, as torch's in-place ops do."""
+    if not torch.compiler.is_compiling():
+        for out in outs:
+            if not out.is_inference():
+                torch.autograd.graph.increment_version(out)
 
 
 def into(out: torch.Tensor, kernel: Candidate, *args: Any) -> torch.Tensor:
@@ -215,6 +289,7 @@ def into(out: torch.Tensor, kernel: Candidate, *args: Any) -> torch.Tensor:
     if kernel.into is None:
         return out.copy_(kernel.forward(*args))
     kernel.into(*args, out)
+    written(out)
     return out
 
 
@@ -227,6 +302,7 @@ def into_pair(
             tensor.copy_(result)
     else:
         kernel.into(*args, *out)
+        written(*out)
     return out
 
 
@@ -288,25 +364,38 @@ def tensor_key(tensor: torch.Tensor | None) -> Any:
     return (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
 
 
+def types_key(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The types of values and of what tuples among them hold: 1, 1.0 and True are equal as keys."""
+    return tuple([types_key(v) if isinstance(v, tuple) else type(v) for v in values])
+
+
 def call_key(tensors: Sequence[Any], *rest: Any) -> Any:
-    """The key of a call: its tensors' shapes, dtypes, devices, and `rest`; None when that fails."""
+    """The key of a call: its tensors' shapes, dtypes, devices, and `rest` with its types.
+
+    None when that fails.
+    """
     try:
-        key = (*map(tensor_key, tensors), *rest)
+        key = (*map(tensor_key, tensors), *rest, types_key(rest))
         hash(key)
     except (AttributeError, TypeError):
         return None
     return key
 
 
-def row_key(x: torch.Tensor, *parameters: torch.Tensor | None) -> Any:
+def row_key(x: torch.Tensor, *parameters: torch.Tensor | None, eps: Any = 0.0) -> Any:
     """What checks and choices of a row-wise op depend on; None where there is no tensor or axis."""
+    kind = type(eps)
+    if kind is not float and kind is not int:
+        return None
     try:
         return (
+            eps,
+            kind,
             x.dtype,
             x.device,
             x.layout,
             x.shape[-1],
-            *[p if p is None else (p.shape, p.dtype, p.device) for p in parameters],
+            *[p if p is None else (p.shape, p.dtype, p.device, p.layout) for p in parameters],
         )
     except (AttributeError, IndexError):
         return None

@@ -239,7 +239,7 @@ class CrossEntropy(contract.KernelFunction):
         logits, target, statistics = ctx.saved_tensors
         if dloss is None:
             return None, None, None, None
-        if torch.is_grad_enabled():
+        if contract.differentiated_again():
             again = contract.gradients(
                 lambda t: reference(t, target, ctx.options), (logits,), dloss
             )

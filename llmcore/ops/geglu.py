@@ -103,7 +103,7 @@ class GeGLU(contract.KernelFunction):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         gate, up = tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if contract.differentiated_again():
             again = contract.gradients(lambda g, u: reference(g, u, ctx.approximate), tensors, dy)
             return *again, None, None
         return *ctx.kernel.backward(dy, gate, up, ctx.approximate), None, None

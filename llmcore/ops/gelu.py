@@ -118,7 +118,7 @@ class Gelu(contract.KernelFunction):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         (x,) = tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if contract.differentiated_again():
             again = contract.gradients(lambda t: reference(t, ctx.approximate), tensors, dy)
             return *again, None, None
         return ctx.kernel.backward(dy, x, ctx.approximate), None, None

@@ -11,7 +11,8 @@ Float32: mean, variance (in a second pass, so that a large offset costs nothing)
 rounded once, into y.
 Edge cases: no rows gives no rows; a NaN or inf spreads over its row as in torch; a row of equal
 values gives bias.
-Errors: TypeError for a dtype, ValueError for a shape or a device; both name the argument.
+Errors: TypeError for a dtype, ValueError for a shape, a device or a negative eps; both name the
+argument.
 Source: Ba, Kiros and Hinton, Layer Normalization, 2016, section 3.
 
 Kernels: forward(x, weight, bias, eps) -> y; into the same with `out` behind.
@@ -19,6 +20,7 @@ Kernels: forward(x, weight, bias, eps) -> y; into the same with `out` behind.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,6 +60,7 @@ def check(
     contract.check_rows(x)
     contract.check_dtype(x, "x", or_float32=True, weight=weight, bias=bias)
     contract.check_shape(x.shape[-1:], "the last axis of x", weight=weight, bias=bias)
+    contract.check_number(0, math.inf, eps=eps)
 
 
 def samples(draw: Draw) -> Iterator[Sample]:
@@ -151,7 +154,7 @@ class LayerNorm(contract.KernelFunction):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         x, weight, bias = tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if contract.differentiated_again():
             again = contract.gradients(lambda x, w, b: reference(x, w, b, ctx.eps), tensors, dy)
             return *again, None, None
         needs = ctx.needs_input_grad[:3]
@@ -181,7 +184,7 @@ def layer_norm(
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
     """
-    kernel = OP.kernel(contract.row_key(x, weight, bias), x, weight, bias, eps)
+    kernel = OP.kernel(contract.row_key(x, weight, bias, eps=eps), x, weight, bias, eps)
     if out is not None:
         contract.check_out(out, x.shape, x, x, weight, bias)
         return contract.into(out, kernel, x, weight, bias, eps)

@@ -330,7 +330,7 @@ class Linear(contract.KernelFunction):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if contract.differentiated_again():
 
             def define(*tensors: Any) -> torch.Tensor:
                 return reference(tensors[0], ctx.packed or tensors[1], tensors[2])
@@ -364,7 +364,7 @@ def linear(
     kernel = OP.kernel(call_key(*args), *args)
     if out is not None:
         shape = (*x.shape[:-1], weight.shape[0])
-        contract.check_out(out, shape, args[0], x, *_tensors(weight), bias)
+        contract.check_out(out, shape, args[0], x, *_tensors(weight), bias, in_place=False)
         return contract.into(out, kernel, *args)
     if kernel.backward is not None and contract.wants_gradient(x, *_tensors(weight), bias):
         return Linear.record(*args, kernel)

@@ -181,7 +181,7 @@ class MaskedSoftmax(contract.KernelFunction):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         x, mask, y = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if contract.differentiated_again():
             again = contract.gradients(
                 lambda t: reference(t, mask, ctx.causal, ctx.scale), (x,), dy
             )

@@ -8,7 +8,8 @@ Float32: the mean, the root and the products; rounded once, into y. dweight is s
 float32.
 Edge cases: no rows gives no rows; a NaN or inf spreads over its row as in torch; a row of zeros
 gives zeros.
-Errors: TypeError for a dtype, ValueError for a shape or a device; both name the argument.
+Errors: TypeError for a dtype, ValueError for a shape, a device or a negative eps; both name the
+argument.
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, equation 4.
 
 Kernels: forward(x, weight, eps) -> y; into the same with `out` behind;
@@ -18,6 +19,7 @@ is empty.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,6 +48,7 @@ def check(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6
     contract.check_rows(x)
     contract.check_dtype(x, "x", or_float32=True, weight=weight)
     contract.check_shape(x.shape[-1:], "the last axis of x", weight=weight)
+    contract.check_number(0, math.inf, eps=eps)
 
 
 def refuses(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> list[str]:
@@ -122,7 +125,7 @@ class RMSNorm(contract.KernelFunction):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if contract.differentiated_again():
             return (
                 *contract.gradients(lambda x, w: reference(x, w, ctx.eps), (x, weight), dy),
                 None,
@@ -153,7 +156,7 @@ def rms_norm(
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
     """
-    kernel = OP.kernel(contract.row_key(x, weight), x, weight, eps)
+    kernel = OP.kernel(contract.row_key(x, weight, eps=eps), x, weight, eps)
     if out is not None:
         contract.check_out(out, x.shape, x, x, weight)
         return contract.into(out, kernel, x, weight, eps)

@@ -164,7 +164,9 @@ class Rope(contract.KernelFunction):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         cos, sin = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a rotation is linear: turning back has its own gradient
+        if (
+            contract.differentiated_again()
+        ):  # a rotation is linear: turning back has its own gradient
             return reference(dy, cos, -sin, ctx.interleaved), None, None, None, None
         return ctx.kernel.backward(dy, cos, sin, ctx.interleaved), None, None, None, None
 

@@ -132,7 +132,7 @@ class Softmax(contract.KernelFunction):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         x, y = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if contract.differentiated_again():
             return *contract.gradients(lambda t: reference(t, ctx.dim), (x,), dy), None, None
         return ctx.kernel.backward(dy, y, ctx.dim), None, None
 

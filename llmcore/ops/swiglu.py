@@ -95,7 +95,7 @@ class SwiGLU(contract.KernelFunction):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         gate, up = tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if contract.differentiated_again():
             return *contract.gradients(reference, tensors, dy), None
         return *ctx.kernel.backward(dy, gate, up), None
 

@@ -511,3 +511,22 @@ def test_attention_a_good_call_does_not_let_a_bad_one_pass(
     ops.attention(q, k, v, **good)
     with pytest.raises((TypeError, ValueError), match=f"^{next(iter(bad))}: "):
         ops.attention(q, k, v, **bad)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_attention_hidden_values_change_no_bit(backend: str, value: float) -> None:
+    """Beyond one block of keys too: rows that may not see key 450 are as if it were not there."""
+    q, k, v = (torch.randn(1, 1, 600, 64) for _ in range(3))
+    poisoned = v.clone()
+    poisoned[0, 0, 450] = value
+    clean = ops.attention(q, k, v, causal=True)
+    found = ops.attention(q, k, poisoned, causal=True)
+    same(backend, found[:, :, :450], clean[:, :, :450])
+    assert not found[:, :, 450:].isfinite().any()
+
+
+def test_attention_scale_0_has_finite_gradients() -> None:
+    q, k, v = (torch.randn(1, 2, 9, 16, requires_grad=True) for _ in range(3))
+    found = torch.autograd.grad(ops.attention(q, k, v, scale=0.0).square().sum(), (q, k, v))
+    assert all(t.isfinite().all() for t in found)
+    assert found[2].abs().max() > 0
