@@ -6,6 +6,10 @@ TORCH ?= torch==2.13.0
 
 BIN = $(VENV)/bin
 export LLMCORE_WERROR = 1
+# Where there is a compiler, an installation without the native kernels is a failure.
+ifneq ($(shell command -v '$(firstword $(CXX))' 2>/dev/null),)
+export LLMCORE_REQUIRE_NATIVE ?= 1
+endif
 SOURCES = $(shell find csrc kernels llmcore -name '*.cpp' -o -name '*.h' -o -name '*.py')
 PACKAGING = pyproject.toml setup.py Makefile scripts/install_torch.py
 

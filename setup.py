@@ -1,11 +1,13 @@
 """Builds llmcore's native kernels with ninja: each op once per instruction-set level, one library.
 
-Without a compiler the package installs all the same: the plain-PyTorch definitions run and
-`llmcore.backends()` says why.
+Without a compiler, or where it fails, the package installs all the same: the plain-PyTorch
+definitions run and `llmcore.backends()` says so. With LLMCORE_REQUIRE_NATIVE=1 either is an error.
 """
 
+import collections
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,14 +27,15 @@ LEVELS: dict[str, list[str]] = {"portable": []} | (
     {
         "avx2": AVX2,
         "avx512": AVX512,
-        "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+        "avx512_bf16": [*AVX512, "-mavx512bf16"],
     }
     if X86
     else {}
 )
 
 # Errors where we build; elsewhere a newer compiler's new warning must not break an install.
-WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
+# Clang would warn of warnings that only GCC knows.
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-warning-option", "-Wno-psabi"]
 if os.environ.get("LLMCORE_WERROR") == "1":
     WARNINGS.append("-Werror")
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS]
@@ -48,29 +51,65 @@ def kernel_sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
 
 
+def compiler() -> list[str]:
+    """The words of CXX, which may hold a launcher or options ("ccache g++ -m64"), else g++."""
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+
+
+def words(*arguments: str | Path) -> str:
+    """Arguments of a command, quoted for the shell and then for a value in build.ninja."""
+    return shlex.join(map(str, arguments)).replace("$", "$$")
+
+
+def ninja_path(path: Path) -> str:
+    """A path in a build line of build.ninja. (In commands ninja quotes it for the shell itself.)"""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+class NativeBuildError(Exception):
+    """The native kernels can't be built; the message says why."""
+
+
 class NinjaBuild(build_ext):
     """Writes build.ninja and runs it; sources and flags are the functions above."""
 
     def build_extension(self, ext: Extension) -> None:
-        if shutil.which(self.compiler_name()) is None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        try:
+            self.build_native(target)
+        except NativeBuildError as error:
+            target.unlink(missing_ok=True)  # an older build's kernels are not of these sources
+            if self.editable_mode:
+                (ROOT / "llmcore" / target.name).unlink(missing_ok=True)
+            if os.environ.get("LLMCORE_REQUIRE_NATIVE") == "1":
+                raise SystemExit(f"llmcore's native kernels are required: {error}") from error
+            line = "*" * 80
             self.warn(
-                f"no C++ compiler ({self.compiler_name()}): llmcore installs without native kernels"
+                f"\n{line}\nllmcore installs WITHOUT its native kernels, the plain-PyTorch "
+                f"definitions only:\n{error}\n"
+                f"(LLMCORE_REQUIRE_NATIVE=1 makes an error of this.)\n{line}"
             )
-            return
-        import torch
 
+    def build_native(self, target: Path) -> None:
+        """Compiles and links `target`, or raises NativeBuildError with the last of the output."""
+        if shutil.which(compiler()[0]) is None:
+            raise NativeBuildError(f"no C++ compiler: {compiler()[0]} is not there")
         # Not build_temp, which pip makes anew each time: a second build compiles what changed.
         folder = ROOT / "build" / f"native-{sysconfig.get_platform()}"
-        folder.mkdir(parents=True, exist_ok=True)
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(self.ninja_file(target, Path(torch.__file__).parent))
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        subprocess.run([*ninja_command(), "-C", str(folder), "-j", jobs], check=True)
+        try:
+            import torch
 
-    @staticmethod
-    def compiler_name() -> str:
-        return os.environ.get("CXX", "g++")
+            folder.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            torch_folder = Path(torch.__file__).parent
+            (folder / "build.ninja").write_text(self.ninja_file(target, torch_folder))
+            command = [*ninja_command(), "-C", str(folder), "-j", jobs]
+            status, output = run_and_show(command)
+        except (ImportError, OSError) as error:
+            raise NativeBuildError(f"{type(error).__name__}: {error}") from error
+        if status != 0:
+            raise NativeBuildError(f"the build failed; its last lines:\n{output}")
 
     def ninja_file(self, target: Path, torch_folder: Path) -> str:
         import pybind11
@@ -78,26 +117,28 @@ class NinjaBuild(build_ext):
         # Plain include paths for ours, -isystem for theirs: warnings are errors in csrc only.
         binding = [
             "-DTORCH_TARGET_VERSION=0x020a000000000000",
-            f"-isystem {torch_folder / 'include'}",
-            f"-isystem {pybind11.get_include()}",
-            f"-isystem {sysconfig.get_paths()['include']}",
+            *("-isystem", str(torch_folder / "include")),
+            *("-isystem", pybind11.get_include()),
+            *("-isystem", sysconfig.get_paths()["include"]),
         ]
+        libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+        if sys.platform == "darwin":  # its linker wants to be told that Python comes later
+            libraries += ["-undefined", "dynamic_lookup"]
         lines = [
-            f"cxx = {self.compiler_name()}",
+            f"cxx = {words(*compiler())}",
             "rule compile",
             "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
             "  depfile = $out.d",
             "  description = $out",
             "rule link",
-            f"  command = $cxx -shared -o $out $in -L{torch_folder / 'lib'} -ltorch_cpu",
+            f"  command = $cxx -shared -o $out $in {words(*libraries)}",
             "  description = $out",
         ]
         objects = []
 
         def compile_to(name: str, source: Path, flags: list[str]) -> None:
-            lines.append(
-                f"build {name}.o: compile {source}\n  flags = {' '.join([*COMMON, *flags])}"
-            )
+            lines.append(f"build {name}.o: compile {ninja_path(source)}")
+            lines.append(f"  flags = {words(*COMMON, *flags)}")
             objects.append(f"{name}.o")
 
         csrc = ROOT / "csrc"
@@ -109,13 +150,26 @@ class NinjaBuild(build_ext):
             for source in kernel_sources():
                 defines = [f"-DLLMCORE_LEVEL={level}"]
                 compile_to(f"{level}_{source.stem}", source, [*KERNEL, *flags, *defines])
-        lines.append(f"build {target}: link {' '.join(objects)}")
+        lines.append(f"build {ninja_path(target)}: link {' '.join(objects)}")
         return "\n".join(lines) + "\n"
 
 
 def ninja_command() -> list[str]:
     found = shutil.which("ninja")
     return [found] if found else [sys.executable, "-m", "ninja"]
+
+
+def run_and_show(command: list[str]) -> tuple[int, str]:
+    """Runs a command, its output shown as it comes: its exit status and the output's last lines."""
+    last: collections.deque[str] = collections.deque(maxlen=30)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last.append(line)
+    return process.returncode, "".join(last).rstrip()
 
 
 # Top-level folders whose modules a wheel holds in the package of that name.
@@ -138,6 +192,6 @@ if __name__ == "__main__":
     setup(
         packages=find_packages(include=["llmcore", "llmcore.*"]),
         package_data={"llmcore": ["py.typed"]},
-        ext_modules=[Extension("llmcore._native", sources=[])],
+        ext_modules=[Extension("llmcore._native", sources=[], optional=True)],
         cmdclass={"build_ext": NinjaBuild, "build_py": PackageWithTopLevelFolders},
     )

@@ -48,8 +48,17 @@ class Sampling:
             raise ValueError(f"{filters[0]} chooses nothing at temperature 0: set a temperature")
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, V) float logits -> (B, V) float32 probabilities, filtered; temperature above 0."""
-        scores = logits.float() / self.temperature
+        """(B, V) float logits -> (B, V) float32 probabilities, filtered; temperature above 0.
+
+        ValueError for a row with NaN or +inf, or of -inf only.
+        """
+        logits = logits.float()
+        highest = logits.amax(dim=-1, keepdim=True)
+        _check_highest(highest)
+        # Differences first: what is divided by a tiny temperature overflows to -inf at most, never
+        # in the best token. Float32 must hold the temperature: 0 / 0 and -inf / inf would be NaN.
+        range32 = torch.finfo(torch.float32)
+        scores = (logits - highest) / min(max(self.temperature, range32.tiny), range32.max)
         if self.top_k is not None and self.top_k < scores.shape[-1]:
             worst = scores.topk(self.top_k).values[:, -1:]
             scores = scores.masked_fill(scores < worst, float("-inf"))
@@ -64,9 +73,14 @@ class Sampling:
         return p / p.sum(dim=-1, keepdim=True)
 
     def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """(B, V) -> (B,) int64. Each sequence draws one number from its own generator."""
+        """(B, V) -> (B,) int64. Each sequence draws one number from its own generator.
+
+        ValueError for a row with NaN or +inf, or of -inf only.
+        """
         if self.temperature == 0.0:
-            return logits.argmax(dim=-1)
+            best = logits.argmax(dim=-1, keepdim=True)  # NaN counts as the highest
+            _check_highest(logits.gather(1, best))
+            return best[:, 0]
         # In float64: 49152 float32 terms would lose the rare tokens in the running sum.
         sums = self.probabilities(logits).double().cumsum(dim=-1)
         draws = [torch.rand(1, generator=g, dtype=torch.float64) for g in generators]
@@ -74,6 +88,16 @@ class Sampling:
         below = torch.nextafter(total, torch.zeros_like(total))
         target = torch.minimum(torch.stack(draws).to(sums.device) * total, below)
         return torch.searchsorted(sums, target, right=True)[:, 0]
+
+
+def _check_highest(highest: Tensor) -> None:
+    """ValueError unless the highest logit of each row is finite (so the rest is too, or -inf)."""
+    if not bool(highest.isfinite().all()):
+        bad = (~highest.isfinite()).nonzero()[0, 0]
+        raise ValueError(
+            f"logits: the highest of sequence {int(bad)} is {float(highest[bad, 0])}; a finite "
+            "number is needed to choose a token, and no NaN or inf beside it"
+        )
 
 
 def generate(
@@ -100,7 +124,7 @@ def generate(
                      pad on the left (`tokenizer.batch` does)
 
     ValueError for wrong shapes, ids outside the vocabulary, a prompt without a token, options out
-    of range, or more tokens than the model's context holds.
+    of range, more tokens than the model's context holds, or a model whose logits are NaN or inf.
     """
     task = _Task(
         model,

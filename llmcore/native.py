@@ -29,7 +29,8 @@ def _load() -> tuple[ModuleType | None, str]:
     except ModuleNotFoundError:
         return (
             None,
-            "not built: this install has no llmcore/_native (it takes a C++ compiler to install)",
+            "not built: there was no C++ compiler at the installation, or the build failed "
+            "(install anew with LLMCORE_REQUIRE_NATIVE=1, and pip shows why)",
         )
     except ImportError as error:
         return None, f"not built for this torch: {error}"

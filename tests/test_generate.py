@@ -272,3 +272,19 @@ def test_generate_smollm2_batch_and_stream(smollm2_pair):
         assert set(row[len(single) :]) <= {2}
         answer = "".join(stream(model, torch.tensor([prompt]), tokenizer, max_new_tokens=9))
         assert answer == tokenizer.decode(t for t in single.tolist() if t != 2)
+
+
+def test_generate_stays_in_the_vocabulary_at_any_temperature(tiny_decoder) -> None:
+    model, ids = tiny_decoder(), torch.tensor([[1, 2, 3]])
+    greedy = generate(model, ids, max_new_tokens=1, stop=())
+    cold = generate(model, ids, max_new_tokens=1, stop=(), temperature=1e-45, seed=0)
+    assert torch.equal(cold, greedy)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generate_refuses_logits_that_are_not_numbers(tiny_decoder, temperature: float) -> None:
+    model = tiny_decoder()
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="logits"):
+        generate(model, torch.tensor([[1, 2]]), max_new_tokens=1, temperature=temperature, seed=0)

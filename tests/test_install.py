@@ -51,7 +51,7 @@ def run(command: list[str], **options: object) -> str:
 
 
 def clean_environment(**extra: str) -> dict[str, str]:
-    dropped = ("PYTHONPATH", "LLMCORE_BACKEND")
+    dropped = ("PYTHONPATH", "LLMCORE_BACKEND", "LLMCORE_REQUIRE_NATIVE")
     return {k: v for k, v in os.environ.items() if k not in dropped} | extra
 
 
@@ -152,14 +152,24 @@ def test_install_transformers_from_the_checkout(with_kernels: bool) -> None:
     assert run([sys.executable, "-c", code], cwd=ROOT, env=environment).strip().endswith("ok")
 
 
-def test_install_without_a_compiler(unpacked: Path, python: str, tmp_path: Path) -> None:
-    """Only the definitions run then, and backends() says so."""
-    source = tmp_path / "source"
+@pytest.fixture
+def source(unpacked: Path, tmp_path: Path) -> Path:
+    """A source tree in which nothing is built, in a folder whose name has a space."""
+    source = tmp_path / "my source"
     ignored = shutil.ignore_patterns("build", "dist", "*.so", "*.egg-info")
     shutil.copytree(unpacked, source, ignore=ignored)
-    environment = clean_environment(CXX="no-such-compiler")
+    return source
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+@pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
+def test_install_without_kernels(
+    source: Path, python: str, tmp_path: Path, editable: bool, compiler: str
+) -> None:
+    """No compiler, or one that fails: only the definitions run then, and backends() says so."""
+    environment = clean_environment(CXX=compiler)
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    run([*install, str(source)], env=environment)
+    run([*install, *(["-e"] if editable else []), str(source)], env=environment)
     code = (
         "import torch, llmcore\n"
         "assert llmcore.explain('rms_norm', torch.ones(2, 3)).chosen == 'reference'\n"
@@ -169,6 +179,14 @@ def test_install_without_a_compiler(unpacked: Path, python: str, tmp_path: Path)
     total, reason = run([python, "-c", code], cwd=tmp_path, env=environment).splitlines()
     assert abs(float(total) - 6) < 1e-4
     assert "not built" in reason
+
+
+def test_install_fails_when_kernels_are_required(source: Path, python: str) -> None:
+    environment = clean_environment(CXX="false", LLMCORE_REQUIRE_NATIVE="1")
+    install = [python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", str(source)]
+    done = subprocess.run(install, capture_output=True, text=True, env=environment)
+    assert done.returncode != 0
+    assert "native kernels are required" in done.stdout + done.stderr
 
 
 def test_install_one_openmp_runtime() -> None:

@@ -68,16 +68,17 @@ def load(name_or_path: str | Path, weights: str | None = None) -> tuple[Decoder,
 def save(model: Decoder, tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write config.json, model.safetensors, tokenizer.json and tokenizer_config.json.
 
-    The folder appears whole or not at all. An older save of the same name is replaced; a folder
-    that holds anything else is left alone, with a ValueError.
+    The folder appears whole or not at all. An older save of the same name is replaced (through a
+    link: what it points to, and the link stays); a folder that holds anything else, another
+    program's model included, is left alone, with a ValueError.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()
     if folder.exists():
         if not folder.is_dir():
             raise ValueError(f"{folder} is a file; save writes a folder")
-        foreign = sorted({path.name for path in folder.iterdir()} - SAVED_FILES)
+        foreign = _foreign(folder)
         if foreign:
-            raise ValueError(f"{folder} holds {foreign[0]}, which save didn't write: take another")
+            raise ValueError(f"{folder} holds {foreign}, which save didn't write: take another")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         new, old = Path(temporary) / "new", Path(temporary) / "old"
@@ -97,6 +98,21 @@ def save(model: Decoder, tokenizer: Tokenizer, folder: str | Path) -> None:
             if old.exists():
                 os.replace(old, folder)
             raise
+
+
+def _foreign(folder: Path) -> str | None:
+    """The name of something in the folder that save did not write; None if there is nothing."""
+    names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        if name not in SAVED_FILES or not (folder / name).is_file():
+            return name
+    try:
+        kind = _read_json(folder / CONFIG_FILE).get("model_type") if names else MODEL_KIND
+    except (OSError, ValueError, TypeError):
+        kind = None
+    if kind == MODEL_KIND:
+        return None
+    return CONFIG_FILE if CONFIG_FILE in names else names[0]
 
 
 def _load_folder(folder: Path) -> tuple[Decoder, Tokenizer]:

@@ -13,6 +13,7 @@ Query i may attend to key j where all of these hold:
     j < kv_length_b;  the bool mask is True;  j <= p with causal;  p - left <= j <= p + right with
     window = (left, right), None being unbounded.
 q_offset is kv_length_b - T unless given: queries are the last positions, as in FlashAttention 2.
+An int q_offset and the sides of a window count as the nearest number from -2^31 to 2^31.
 
 Tensors (D contiguous in all, any other strides):
     q             (B, H, T, D)    float32, bfloat16, float16 or float64
@@ -70,6 +71,7 @@ from llmcore.ops.attention_definition import (
     Window,
     bounded,
     default_scale,
+    nearest,
     reference,
 )
 from llmcore.ops.sample import Draw, Sample
@@ -172,7 +174,7 @@ def arguments(
     if q_offset is None and kv_lengths is None:
         q_offset = sequence_length(k) - sequence_length(q)
     seed = draw_seed() if dropout_p else None
-    extra = Extra(mask, kv_lengths, q_offset, sinks, alibi_slopes, seed)
+    extra = Extra(mask, kv_lengths, nearest(q_offset), sinks, alibi_slopes, seed)
     scale = default_scale(q) if scale is None else scale
     options = Options(bool(causal), bounded(window), scale, softcap, dropout_p, return_lse)
     return q, k, v, extra, options
@@ -318,6 +320,17 @@ def extra_samples(draw: Draw) -> Iterator[Sample]:
     options = {**sinks, **alibi, "softcap": 20.0, "window": (30, 0), "dropout_p": 0.2}
     options["mask"] = draw.normal(keys)
     yield Sample("everything", (q, k, v), options)
+    lengths = draw.integers(1, keys, 2, 3)[:, 1]
+    options = {
+        **sinks,
+        "sinks": draw.normal(4, 2)[:, 1],
+        "q_offset": draw.integers(0, keys, 4)[::2],
+    }
+    alibi = {"alibi_slopes": draw.normal(4, 2)[:, 0].abs() / 8, "kv_lengths": lengths}
+    yield Sample("strided_extras", (q, k, v), {**options, **alibi})
+    alike: dict[str, Any] = {"kv_lengths": draw.integers(1, keys, 1).expand(2)}
+    alike |= {"sinks": draw.normal(1).expand(4), "q_offset": draw.integers(0, keys, 1).expand(2)}
+    yield Sample("expanded_extras", (q, k, v), {**sinks, **alike})
 
 
 OP = Op(

@@ -11,6 +11,9 @@ from llmcore.ops import contract
 from llmcore.ops.masked_softmax import normalise
 
 Window = tuple[int | None, int | None]
+FARTHEST = 2**31
+"""Positions and window sides beyond count as this: sums of them stay far inside of int64."""
+
 Result: TypeAlias = Any
 """A tensor, or a pair with return_lse: Any, so that type checkers need not be told which."""
 
@@ -46,7 +49,16 @@ def bounded(window: Any) -> Any:
     if window is None:
         return None
     pair = tuple(window) if isinstance(window, list) else window
+    if isinstance(pair, tuple):
+        pair = tuple(nearest(side) for side in pair)
     return None if pair == (None, None) else pair
+
+
+def nearest(number: Any) -> Any:
+    """An int no further from 0 than FARTHEST; what is no int as it is."""
+    if isinstance(number, int) and not -FARTHEST <= number <= FARTHEST:
+        return FARTHEST if number > 0 else -FARTHEST
+    return number
 
 
 def default_scale(q: torch.Tensor) -> float:

@@ -26,17 +26,18 @@ def refuses(
 def raw_arguments(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Extra, options: Options
 ) -> tuple[Any, ...]:
-    """A call as the raw ops take it: dtypes as in csrc/ops.h, the mask with all its axes."""
+    """A call as the raw ops take it: dtypes as in csrc/ops.h, the mask with all its axes, the
+    lengths, offsets and sinks contiguous."""
     mask, lengths, offset, sinks, slopes, seed = extra
     if mask is not None:
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    offsets = offset.long() if isinstance(offset, torch.Tensor) else None
+    offsets = offset.long().contiguous() if isinstance(offset, torch.Tensor) else None
     left, right = options.window or (None, None)
     return (
         *(q, k, v, mask),
-        None if lengths is None else lengths.long(),
+        None if lengths is None else lengths.long().contiguous(),
         offsets,
-        None if sinks is None else sinks.float(),
+        None if sinks is None else sinks.float().contiguous(),
         None if slopes is None else slopes.float(),
         seed,
         None if offsets is not None else offset,

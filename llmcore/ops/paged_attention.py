@@ -37,6 +37,7 @@ from llmcore.ops.attention_definition import (
     Window,
     bounded,
     default_scale,
+    nearest,
 )
 from llmcore.ops.attention_definition import reference as attention_reference
 from llmcore.ops.sample import Draw, Sample
@@ -113,7 +114,7 @@ def arguments(
 ) -> tuple[Any, ...]:
     """Defaults resolved, tensors as autocast wants them."""
     q, k_pages, v_pages = contract.autocast(q, k_pages, v_pages)
-    extra = Extra(None, kv_lengths, q_offset, sinks, alibi_slopes)
+    extra = Extra(None, kv_lengths, nearest(q_offset), sinks, alibi_slopes)
     scale = default_scale(q) if scale is None else scale
     options = Options(bool(causal), bounded(window), scale, softcap, 0.0, return_lse)
     return q, k_pages, v_pages, Pages(page_table, extra), options

@@ -290,3 +290,21 @@ def test_files_keep_the_dtype_out_of_the_config(saved, model, tiny_tokenizer):
     loaded, _ = load(saved)
     assert dataclasses.asdict(loaded.config) == dataclasses.asdict(model.config)
     assert torch.equal(loaded.norm.weight, model.norm.weight.float())
+
+
+def test_save_leaves_a_foreign_checkpoint_alone(tiny_decoder, tiny_tokenizer, tmp_path) -> None:
+    folder = tmp_path / "model"
+    save(tiny_decoder(), tiny_tokenizer, folder)
+    (folder / "config.json").write_text('{"model_type": "somebody elses"}')
+    with pytest.raises(ValueError, match=r"somebody elses|config"):
+        save(tiny_decoder(), tiny_tokenizer, folder)
+    assert "somebody" in (folder / "config.json").read_text()
+
+
+def test_save_through_a_link(tiny_decoder, tiny_tokenizer, tmp_path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.mkdir()
+    link.symlink_to(target)
+    save(tiny_decoder(), tiny_tokenizer, link)
+    assert link.is_symlink()
+    assert (target / "config.json").is_file()

@@ -530,3 +530,14 @@ def test_attention_scale_0_has_finite_gradients() -> None:
     found = torch.autograd.grad(ops.attention(q, k, v, scale=0.0).square().sum(), (q, k, v))
     assert all(t.isfinite().all() for t in found)
     assert found[2].abs().max() > 0
+
+
+def test_attention_huge_windows_and_offsets() -> None:
+    """Far beyond any key they bound nothing, or everything; nothing overflows."""
+    q, k, v = (torch.randn(1, 2, 7, 16) for _ in range(3))
+    whole = ops.attention(q, k, v)
+    for far in (2**31, 2**63 - 1, 2**63):
+        close(ops.attention(q, k, v, window=(far, far)), whole)
+    assert not ops.attention(q, k, v, causal=True, q_offset=-(2**63)).any()
+    far_back = torch.tensor([-(2**62)])
+    assert not ops.attention(q, k, v, causal=True, q_offset=far_back).any()
