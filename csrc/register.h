@@ -105,18 +105,7 @@ inline Tensor fresh_like(const Tensor& like, bool wanted = true) {
 
 // The same for a CPU tensor of any strides.
 inline Tensor fresh_contiguous(const Tensor& like) {
-  int32_t type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
-  std::vector<int64_t> strides(size_t(like.dim()));
-  int64_t stride = 1;
-  for (int64_t i = like.dim() - 1; i >= 0; --i) {
-    strides[size_t(i)] = stride;
-    stride *= like.size(i) > 1 ? like.size(i) : 1;
-  }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(like.dim(), like.sizes().data(), strides.data(), type,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return fresh(std::vector<int64_t>(like.sizes().begin(), like.sizes().end()), like.scalar_type());
 }
 
 // A tensor of any shape as rows along its last axis, one stride apart: itself where its strides allow that (halves of
