@@ -255,6 +255,15 @@ struct AttentionProblem {
   bool mask_is_bool;
   Dtype mask_dtype;
 
+  // Sequences packed one behind the other: no batch axis, q (H, T, D), k (G, S, D), v (G, S, Dv), lse (H, T), batch
+  // strides 0; sequence b is [q_ends[b], q_ends[b + 1]) of T and [k_ends[b], k_ends[b + 1]) of S. Both (B + 1) or null.
+  const int64_t* q_ends;
+  const int64_t* k_ends;
+  // Keys in pages: k (pages, G, page_length, D) and v alike, key j of sequence b at place j % page_length of the page
+  // page_table[b][j / page_length]; S = page_columns * page_length. (B, page_columns), contiguous, or null.
+  const int64_t* page_table;
+  int64_t page_columns, page_length;
+
   const int64_t* kv_lengths;  // (B) or null: S
   const int64_t* q_offsets;   // (B) or null: q_offset for all, or kv_length - T when that is NO_OFFSET
   int64_t q_offset;

@@ -2,9 +2,9 @@
 // the blocks of query rows that see it (Dao, FlashAttention-2, 2023, algorithm 2).
 //
 // Five products of T * S * D multiply-adds a head, against two of the forward pass: bound by multiply-adds. Scores are
-// recomputed from q, k and lse. dk and dv grow in a block's scratch, dq in a float32 copy of its head: every sum is
-// made by one thread in a fixed order, so the result is deterministic. A second order of loops to split one head over
-// threads would recompute the scores once more.
+// recomputed from q, k and lse. dk and dv grow in a block's scratch, dq in float32 sums of its head, one for each
+// slot of key blocks, which are added in order: however many threads share a head's slots, every sum has one order and
+// the result is deterministic.
 #include "attention_dropout.h"
 #include "attention_scores.h"
 #include "parallel.h"
@@ -12,29 +12,31 @@
 namespace llmcore::LLMCORE_LEVEL {
 namespace {
 
+// Block i of keys belongs to slot i % SLOTS: a causal head's slots have about the same work.
+constexpr int64_t SLOTS = 4;
+
 template <class T>
 class Backward {
  public:
   explicit Backward(const AttentionBackward& a)
-      : a_(a), p_(a.problem), group_(p_.H / p_.G), wide_(padded(p_.D)), wide_v_(padded(p_.Dv)) {}
-
-  bool run() {
-    Failure no_memory;
-    parallel_tasks(p_.B * p_.G, [&](const auto& next) {
-      Workspace w(*this);
-      if (!w.memory.ok()) return no_memory.set();
-      for (int64_t i = next(); i >= 0; i = next()) run_head(Sequence(p_, i / p_.G), i % p_.G, w);
-    });
-    return !no_memory.happened();
+      : a_(a), p_(a.problem), group_(p_.H / p_.G), wide_(padded(p_.D)), wide_v_(padded(p_.Dv)), most_queries_(p_.T) {
+    if (p_.q_ends == nullptr) return;
+    most_queries_ = 0;
+    for (int64_t b = 0; b < p_.B; ++b) {
+      const int64_t queries = Sequence(p_, b).queries;
+      most_queries_ = queries > most_queries_ ? queries : most_queries_;
+    }
   }
+
+  bool run() { return p_.B * p_.G >= 2 * runtime.threads() || p_.S <= KEY_BLOCK ? run_heads() : run_slots(); }
 
  private:
   // What one thread works with: `rows` is every query of a key/value head, head by head.
   struct Workspace {
     explicit Workspace(const Backward& b)
-        : rows(b.group_ * b.p_.T),
-          memory(rows * (2 * b.wide_ + b.wide_v_ + 1) + KEY_BLOCK * (3 * b.wide_ + 2 * b.wide_v_) +
-                 2 * QUERY_BLOCK * KEY_BLOCK + KEY_BLOCK + QUERY_BLOCK * b.wide_ + 13 * LANES) {
+        : rows(b.group_ * b.most_queries_),
+          memory(rows * (3 * b.wide_ + 2 * b.wide_v_ + 1) + b.wide_v_ + KEY_BLOCK * (3 * b.wide_ + 2 * b.wide_v_) +
+                 2 * (QUERY_BLOCK + TILE_ROWS) * KEY_BLOCK + KEY_BLOCK + 16 * LANES) {
       if (!memory.ok()) return;
       float* at = memory.data();
       const auto take = [&at](int64_t floats) {
@@ -43,9 +45,12 @@ class Backward {
         return taken;
       };
       queries = take(rows * b.wide_);
+      query_rows = take(rows * b.wide_);
       dqueries = take(rows * b.wide_);
       douts = take(rows * b.wide_v_);
+      dout_rows = take(rows * b.wide_v_);
       deltas = take(rows);
+      out = take(b.wide_v_);
       keys = take(KEY_BLOCK * b.wide_);
       packed_keys = take(KEY_BLOCK * b.wide_);
       packed_values = take(KEY_BLOCK * b.wide_v_);
@@ -53,83 +58,170 @@ class Backward {
       dvalues = take(KEY_BLOCK * b.wide_v_);
       scores = take(QUERY_BLOCK * KEY_BLOCK);
       dscores = take(QUERY_BLOCK * KEY_BLOCK);
+      tile_scores = take(TILE_ROWS * KEY_BLOCK);
+      tile_dscores = take(TILE_ROWS * KEY_BLOCK);
       capped = take(KEY_BLOCK);
-      finite_queries = take(QUERY_BLOCK * b.wide_);
     }
-    int64_t rows;
+    int64_t rows, head = -1;  // head: whose rows are loaded
     Scratch memory;
-    float *queries, *dqueries, *douts, *deltas, *keys, *packed_keys, *packed_values, *dkeys, *dvalues;
-    float *scores, *dscores, *capped, *finite_queries;
-    bool queries_are_finite;
+    // q and dout as words along D, and (..._rows) along the rows, the former finite.
+    float *queries, *query_rows, *dqueries, *douts, *dout_rows, *deltas, *out;
+    float *keys, *packed_keys, *packed_values, *dkeys, *dvalues;
+    // A block's, as words along the rows; and of a tile of rows.
+    float *scores, *dscores, *tile_scores, *tile_dscores, *capped;
+    const float* finite_queries;  // query_rows, or queries where those are the same
+    const float* dout_words;      // dout_rows, or douts
   };
 
-  void run_head(const Sequence& s, int64_t g, Workspace& w) {
-    load_rows(s, g, w);
+  // Many heads: a task is a head.
+  bool run_heads() {
+    Failure no_memory;
+    parallel_tasks(p_.B * p_.G, [&](const auto& next) {
+      Workspace w(*this);
+      const Scratch total(w.rows * wide_);
+      if (!w.memory.ok() || !total.ok()) return no_memory.set();
+      for (int64_t head = next(); head >= 0; head = next()) {
+        const Sequence s(p_, head / p_.G);
+        for (int64_t slot = 0; slot < slots(s); ++slot) {
+          run_slot(s, head, slot, w);
+          add_slot(s, slot, w.dqueries, total.data());
+        }
+        write_queries(s, head % p_.G, 0, group_ * s.queries, total.data());
+      }
+    });
+    return !no_memory.happened();
+  }
+
+  // Few heads: a task is a slot of a head.
+  bool run_slots() {
+    const int64_t heads = p_.B * p_.G, size = group_ * most_queries_ * wide_;
+    const Scratch sums(heads * SLOTS * size);
+    if (!sums.ok()) return false;
+    Failure no_memory;
+    parallel_tasks(heads * SLOTS, [&](const auto& next) {
+      Workspace w(*this);
+      if (!w.memory.ok()) return no_memory.set();
+      for (int64_t i = next(); i >= 0; i = next()) {
+        const int64_t head = i / SLOTS;
+        const Sequence s(p_, head / p_.G);
+        w.dqueries = sums.data() + i * size;
+        if (i % SLOTS < slots(s)) run_slot(s, head, i % SLOTS, w);
+      }
+    });
+    if (no_memory.happened()) return false;
+    for (int64_t head = 0; head < heads; ++head) {
+      const Sequence s(p_, head / p_.G);
+      float* total = sums.data() + head * SLOTS * size;
+      for (int64_t slot = 1; slot < slots(s); ++slot) add_slot(s, slot, total + slot * size, total);
+      write_queries(s, head % p_.G, 0, group_ * s.queries, total);
+    }
+    return true;
+  }
+
+  // Keys of a sequence that have a gradient, past its length too.
+  int64_t all_keys(const Sequence& s) const { return p_.k_ends == nullptr ? p_.S : s.keys; }
+  int64_t slots(const Sequence& s) const {
+    const int64_t blocks = (all_keys(s) + KEY_BLOCK - 1) / KEY_BLOCK;
+    return blocks < 1 ? 1 : (blocks < SLOTS ? blocks : SLOTS);
+  }
+
+  void add_slot(const Sequence& s, int64_t slot, const float* sums, float* total) const {
+    const int64_t size = group_ * s.queries * wide_;
+    if (slot == 0) {
+      std::memcpy(total, sums, size_t(size) * sizeof(float));
+    } else {
+      map_row(total, size, [](vec a, vec b) { return a + b; }, total, sums);
+    }
+  }
+
+  void write_queries(const Sequence& s, int64_t g, int64_t begin, int64_t end, const float* total) const {
+    for (int64_t r = begin; r < end; ++r) {
+      T* dq = s.query_row(static_cast<T*>(a_.dq), a_.dq_strides, g * group_ + r / s.queries, r % s.queries);
+      map_row(dq, p_.D, [=](vec v) { return v * p_.scale; }, total + r * wide_);
+    }
+  }
+
+  // dk and dv of a slot's blocks of keys; its share of dq into w.dqueries.
+  void run_slot(const Sequence& s, int64_t head, int64_t slot, Workspace& w) {
+    const int64_t g = head % p_.G;
+    w.rows = group_ * s.queries;
+    if (w.head != head) load_rows(s, g, w);
+    w.head = head;
     std::memset(w.dqueries, 0, size_t(w.rows * wide_) * sizeof(float));
-    for (int64_t first = 0; first < p_.S; first += KEY_BLOCK) {
-      const KeyRange block = intersect({first, first + KEY_BLOCK}, {0, p_.S});
+    for (int64_t first = slot * KEY_BLOCK; first < all_keys(s); first += SLOTS * KEY_BLOCK) {
+      const KeyRange block = intersect({first, first + KEY_BLOCK}, {0, all_keys(s)});
       std::memset(w.dkeys, 0, size_t(KEY_BLOCK * wide_) * sizeof(float));
       std::memset(w.dvalues, 0, size_t(KEY_BLOCK * wide_v_) * sizeof(float));
       const KeyRange valid = intersect(block, {0, s.keys});
       if (!valid.empty()) run_keys(s, g, valid, w);
-      write_keys(s.batch, g, block, w);
-    }
-    for (int64_t r = 0; r < w.rows; ++r) {
-      T* dq = row_at(static_cast<T*>(a_.dq), a_.dq_strides, s.batch, g * group_ + r / p_.T, r % p_.T);
-      map_row(dq, p_.D, [=](vec v) { return v * p_.scale; }, w.dqueries + r * wide_);
+      write_keys(s, g, block, w);
     }
   }
 
-  // Queries (times query_scale) and dout of a head as float32, and delta = dout . out - dlse of each row; the sinks'
-  // gradient.
+  // The rows of a head, and delta = dout . out - dlse of each; the sinks' gradient.
   void load_rows(const Sequence& s, int64_t g, Workspace& w) {
-    w.queries_are_finite = true;
+    bool finite = true;
     for (int64_t h = g * group_; h < (g + 1) * group_; ++h) {
       double dsink = 0.0;
-      for (int64_t t = 0; t < p_.T; ++t) {
-        const int64_t r = (h - g * group_) * p_.T + t, at = (s.batch * p_.H + h) * p_.T + t;
-        const T* out = row_at(static_cast<const T*>(a_.out), a_.out_strides, s.batch, h, t);
-        const T* q = row_at(static_cast<const T*>(p_.q), p_.q_strides, s.batch, h, t);
-        w.queries_are_finite &= copy_rows(q, 0, 1, p_.D, query_scale(p_), w.queries + r * wide_);
-        copy_rows(row_at(static_cast<const T*>(a_.dout), a_.dout_strides, s.batch, h, t), 0, 1, p_.Dv, 1.0f,
-                  w.douts + r * wide_v_);
-        w.deltas[r] = row_dot(w.douts + r * wide_v_, out) - (a_.dlse == nullptr ? 0.0f : a_.dlse[at]);
+      for (int64_t t = 0; t < s.queries; ++t) {
+        const int64_t r = (h - g * group_) * s.queries + t, at = s.statistic(h, t);
+        finite &= copy_words(query(s, g, r), p_.D, query_scale(p_), w.queries + r * padded(words<T>(p_.D)));
+        float* dout = w.douts + r * padded(words<T>(p_.Dv));
+        copy_words(dout_row(s, g, r), p_.Dv, 1.0f, dout);
+        copy_words(s.query_row(static_cast<const T*>(a_.out), a_.out_strides, h, t), p_.Dv, 1.0f, w.out);
+        w.deltas[r] = dot_words(dout, w.out) - (a_.dlse == nullptr ? 0.0f : a_.dlse[at]);
         if (a_.dsinks != nullptr) dsink -= std::exp(double(p_.sinks[h]) - double(a_.lse[at])) * w.deltas[r];
       }
       if (a_.dsinks != nullptr) a_.dsinks[s.batch * p_.H + h] = float(dsink);
     }
+    w.finite_queries = w.query_rows, w.dout_words = w.dout_rows;
+    if constexpr (IN_PAIRS<T>) {
+      for (int64_t r = 0; r < w.rows; r += 2) {
+        const int64_t count = w.rows - r < 2 ? 1 : 2, next = r + count - 1;
+        const T* queries[] = {query(s, g, r), query(s, g, next)};
+        const T* douts[] = {dout_row(s, g, r), dout_row(s, g, next)};
+        pack_rows(queries, count, p_.D, finite_or_zero, w.query_rows + r / 2 * wide_);
+        pack_rows(douts, count, p_.Dv, [](vec v) { return v; }, w.dout_rows + r / 2 * wide_v_);
+      }
+    } else {
+      w.dout_words = w.douts;
+      if (finite) {
+        w.finite_queries = w.queries;
+      } else {
+        map_row(w.query_rows, w.rows * wide_, finite_or_zero, w.queries);
+      }
+    }
+  }
+
+  const T* query(const Sequence& s, int64_t g, int64_t r) const {
+    return s.query_row(static_cast<const T*>(p_.q), p_.q_strides, g * group_ + r / s.queries, r % s.queries);
+  }
+  const T* dout_row(const Sequence& s, int64_t g, int64_t r) const {
+    return s.query_row(static_cast<const T*>(a_.dout), a_.dout_strides, g * group_ + r / s.queries, r % s.queries);
   }
 
   // dout . out, summed as the tiles sum dout . v: so the gradient of a row that sees one key is 0, and not what two
   // orders of summation differ by.
-  float row_dot(const float* dout, const T* out) const {
-    float copy[LANES] = {};
+  float dot_words(const float* dout, const float* out) const {
     vec total = {}, sum = {};
-    for (int64_t d = 0; d < p_.Dv; ++d) {
-      if (d % CHAIN == 0) {
+    for (int64_t w = 0; w < words<T>(p_.Dv); ++w) {
+      if (w % CHAIN == 0) {
         total += sum;
         sum = vec{};
       }
-      if (d % LANES == 0) store(copy, p_.Dv - d < LANES ? load_partial(out + d, p_.Dv - d) : load(out + d));
-      sum = fma(broadcast(dout[d]), broadcast(copy[d % LANES]), sum);
+      sum = ProductsOf<T>::add(sum, broadcast(dout[w]), broadcast(out[w]));
     }
     return (total + sum)[0];
   }
 
   void run_keys(const Sequence& s, int64_t g, KeyRange keys, Workspace& w) {
-    const int64_t count = keys.end - keys.begin;
-    const T* k = row_at(static_cast<const T*>(p_.k), p_.k_strides, s.batch, g, keys.begin);
-    const T* v = row_at(static_cast<const T*>(p_.v), p_.v_strides, s.batch, g, keys.begin);
-    if (!copy_rows(k, p_.k_strides[2], count, p_.D, 1.0f, w.keys)) keep_finite(w.keys, count * wide_, w.keys);
-    pack_keys(k, p_.k_strides[2], count, p_.D, w.packed_keys);
-    pack_keys(v, p_.v_strides[2], count, p_.Dv, w.packed_values);
+    const BlockRows<T> rows(s, g, keys);
+    pack_values(rows.keys, rows.count, p_.D, w.keys);
+    pack_keys(rows.keys, rows.count, p_.D, w.packed_keys);
+    pack_keys(rows.values, rows.count, p_.Dv, w.packed_values);
     for (int64_t r = 0; r < w.rows; r += QUERY_BLOCK) {
       run_block(s, g, r, w.rows - r < QUERY_BLOCK ? w.rows - r : QUERY_BLOCK, keys, w);
     }
-  }
-
-  static void keep_finite(const float* from, int64_t count, float* to) {
-    map_row(to, count, [](vec v) { return v - v == vec{} ? v : vec{}; }, from);
   }
 
   // QUERY_BLOCK rows from `first` against one block of keys.
@@ -142,11 +234,6 @@ class Backward {
       any = hull(any, seen[r / TILE_ROWS]);
     }
     if (any.empty()) return;
-    const float* queries = w.queries + first * wide_;
-    if (!w.queries_are_finite) {
-      keep_finite(queries, count * wide_, w.finite_queries);
-      queries = w.finite_queries;
-    }
     // Columns of the score tiles are rows of dk and dv: each tile of keys takes the query rows that see it.
     for (int64_t j = any.begin / TILE_ROWS * TILE_ROWS; j < any.end; j += TILE_ROWS) {
       const int64_t width = any.end - j < TILE_ROWS ? any.end - j : TILE_ROWS;
@@ -155,52 +242,75 @@ class Backward {
         if (!intersect(seen[r / TILE_ROWS], {j, j + width}).empty()) rows = hull(rows, {r, r + TILE_ROWS});
       }
       rows.end = rows.end < count ? rows.end : count;
-      const int64_t depth = rows.end - rows.begin, at = rows.begin * KEY_BLOCK + j;
-      accumulate_product(width, {w.scores + at, 1, KEY_BLOCK}, w.douts + (first + rows.begin) * wide_v_,
-                         w.dvalues + j * wide_v_, wide_v_, depth);
-      accumulate_product(width, {w.dscores + at, 1, KEY_BLOCK}, queries + rows.begin * wide_, w.dkeys + j * wide_,
-                         wide_, depth);
+      const int64_t begin = rows.begin / WORD<T>, depth = words<T>(rows.end) - begin, at = begin * KEY_BLOCK + j;
+      const int64_t row = first / WORD<T> + begin;
+      accumulate_product<ProductsOf<T>>(width, {w.scores + at, 1, KEY_BLOCK},
+                                        MatrixRows{w.dout_words + row * wide_v_, wide_v_}, w.dvalues + j * wide_v_,
+                                        wide_v_, depth);
+      accumulate_product<ProductsOf<T>>(width, {w.dscores + at, 1, KEY_BLOCK},
+                                        MatrixRows{w.finite_queries + row * wide_, wide_}, w.dkeys + j * wide_, wide_,
+                                        depth);
     }
   }
 
-  // Probabilities and score gradients of a tile of rows, at row `at` of the score tiles, zeros where a row sees
-  // nothing; dq's share. The keys that the tile sees, counted from the block's first.
+  // Probabilities and score gradients of a tile of rows, at row `at` of the block's, zeros where a row sees nothing;
+  // dq's share. The keys that the tile sees, counted from the block's first.
   KeyRange score_tile(const Sequence& s, int64_t g, int64_t first, int64_t count, KeyRange keys, int64_t at,
                       Workspace& w) {
     ScoreRow rows[TILE_ROWS];
     KeyRange seen{0, 0};
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t t = (first + i) % p_.T;
-      rows[i] = {g * group_ + (first + i) / p_.T, t, s.range(t)};
+      const int64_t t = (first + i) % s.queries;
+      rows[i] = {g * group_ + (first + i) / s.queries, t, s.range(t)};
       seen = hull(seen, intersect(rows[i].range, keys));
     }
-    float* scores = w.scores + at * KEY_BLOCK;
-    float* dscores = w.dscores + at * KEY_BLOCK;
-    std::memset(scores, 0, size_t(count * KEY_BLOCK) * sizeof(float));
-    std::memset(dscores, 0, size_t(count * KEY_BLOCK) * sizeof(float));
+    float* block_scores = w.scores + at / WORD<T> * KEY_BLOCK;
+    float* block_dscores = w.dscores + at / WORD<T> * KEY_BLOCK;
+    std::memset(block_scores, 0, size_t(words<T>(count) * KEY_BLOCK) * sizeof(float));
+    std::memset(block_dscores, 0, size_t(words<T>(count) * KEY_BLOCK) * sizeof(float));
     if (seen.empty()) return seen;
     seen = {seen.begin - keys.begin, seen.end - keys.begin};
     const int64_t begin = seen.begin / LANES * LANES, end = round_up(seen.end, LANES);
-    multiply_packed(w.queries + first * wide_, count, w.packed_keys, p_.D, begin, end, scores);
-    multiply_packed(w.douts + first * wide_v_, count, w.packed_values, p_.Dv, begin, end, dscores);
+    float* scores = IN_PAIRS<T> ? w.tile_scores : block_scores;
+    float* dscores = IN_PAIRS<T> ? w.tile_dscores : block_dscores;
+    const int64_t width = words<T>(p_.D), width_v = words<T>(p_.Dv);
+    multiply_packed<ProductsOf<T>>(w.queries + first * padded(width), count, w.packed_keys, width, begin, end, scores);
+    multiply_packed<ProductsOf<T>>(w.douts + first * padded(width_v), count, w.packed_values, width_v, begin, end,
+                                   dscores);
     for (int64_t i = 0; i < count; ++i) {
-      const float lse = a_.lse[(s.batch * p_.H + rows[i].h) * p_.T + rows[i].t];
+      const float lse = a_.lse[s.statistic(rows[i].h, rows[i].t)];
       const int64_t j = i * KEY_BLOCK + begin;
       score_row(s, rows[i], keys.begin + begin, end - begin, lse, w.deltas[first + i], scores + j, dscores + j,
                 w.capped);
     }
-    accumulate_product(count, {dscores + seen.begin, KEY_BLOCK, 1}, w.keys + seen.begin * wide_,
-                       w.dqueries + first * wide_, wide_, seen.end - seen.begin);
+    if constexpr (IN_PAIRS<T>) {
+      pair_rows(scores, count, begin, end, block_scores);
+      pair_rows(dscores, count, begin, end, block_dscores);
+      for (int64_t i = 0; i < count; ++i) round_weights(dscores + i * KEY_BLOCK, begin, end);
+    }
+    const int64_t from = seen.begin / WORD<T>;
+    accumulate_product<ProductsOf<T>>(count, {dscores + from, KEY_BLOCK, 1}, MatrixRows{w.keys + from * wide_, wide_},
+                                      w.dqueries + first * wide_, wide_, words<T>(seen.end) - from);
     return seen;
+  }
+
+  // Columns [begin, end) of a tile's rows, rounded, as words along the rows.
+  static void pair_rows(const float* tile, int64_t count, int64_t begin, int64_t end, float* paired) {
+    for (int64_t i = 0; i < count; i += 2, tile += 2 * KEY_BLOCK, paired += KEY_BLOCK) {
+      for (int64_t j = begin; j < end; j += LANES) {
+        store(paired + j, round_to_pairs(load(tile + j), i + 1 < count ? load(tile + KEY_BLOCK + j) : vec{}));
+      }
+    }
   }
 
   // In: q.k and dout.v of one row. Out: dropped probabilities, and the gradient of q.k * scale.
   void score_row(const Sequence& s, const ScoreRow& row, int64_t first, int64_t count, float lse, float delta,
                  float* scores, float* dscores, float* capped) {
+    const float unscaled = IN_PAIRS<T> ? query_scale(p_) : 1.0f;
     if (p_.softcap != 0.0f) {
-      map_row(capped, count, [](vec v) { return tanh(v); }, scores);
+      map_row(capped, count, [=](vec v) { return tanh(v * unscaled); }, scores);
     }
-    finish_scores(s, row, first, scores, count);
+    finish_scores(s, row, first, unscaled, scores, count);
     // exp(score - lse) as 2^(score - shift) * 2^(shift - lse), the latter exact: a difference of the two would be
     // rounded at the size of lse. A row that sees nothing has lse -inf and probabilities 0, not exp(-inf + inf).
     const double total = lse == -INFINITY ? 0.0 : double(lse) * LOG2E_EXACT;
@@ -223,21 +333,20 @@ class Backward {
     }
   }
 
-  void write_keys(int64_t b, int64_t g, KeyRange keys, Workspace& w) {
-    const float scale = p_.softcap == 0.0f ? float(1.0 / LOG2E_EXACT) : p_.softcap;  // scale / query_scale
+  void write_keys(const Sequence& s, int64_t g, KeyRange keys, Workspace& w) {
+    // The queries were multiplied by query_scale, or not.
+    const float scale = IN_PAIRS<T> ? p_.scale : (p_.softcap == 0.0f ? float(1.0 / LOG2E_EXACT) : p_.softcap);
     for (int64_t j = keys.begin; j < keys.end; ++j) {
-      map_row(
-          row_at(static_cast<T*>(a_.dk), a_.dk_strides, b, g, j), p_.D, [=](vec v) { return v * scale; },
-          w.dkeys + (j - keys.begin) * wide_);
-      map_row(
-          row_at(static_cast<T*>(a_.dv), a_.dv_strides, b, g, j), p_.Dv, [](vec v) { return v; },
-          w.dvalues + (j - keys.begin) * wide_v_);
+      T* dk = s.key_row(static_cast<T*>(a_.dk), a_.dk_strides, g, j);
+      T* dv = s.key_row(static_cast<T*>(a_.dv), a_.dv_strides, g, j);
+      map_row(dk, p_.D, [=](vec v) { return v * scale; }, w.dkeys + (j - keys.begin) * wide_);
+      map_row(dv, p_.Dv, [](vec v) { return v; }, w.dvalues + (j - keys.begin) * wide_v_);
     }
   }
 
   const AttentionBackward& a_;
   const AttentionProblem& p_;
-  int64_t group_, wide_, wide_v_;
+  int64_t group_, wide_, wide_v_, most_queries_;
 };
 
 }  // namespace

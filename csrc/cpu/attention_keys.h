@@ -1,5 +1,10 @@
-// Attention's blocks: which keys each query may see, and K and V of one block of keys as float32 tiles.
+// Attention's blocks: which keys each query may see, where they lie, and K and V of one block of keys as tiles.
+//
+// Products are made of words: a float32, or two bfloat16 side by side along the summed axis where the CPU multiplies
+// pairs of those.
 #pragma once
+
+#include <type_traits>
 
 #include "gemm_tile.h"
 #include "row.h"
@@ -16,14 +21,26 @@ constexpr int64_t QUERY_BLOCK = 8 * TILE_ROWS;
 constexpr int64_t PANEL = TILE_VECS * LANES;  // keys side by side in packed K
 static_assert(KEY_BLOCK % PANEL == 0);
 
-// Scores are kept in units of log 2, so that exp is 2^x: the factor goes into the queries, for free.
+// Scores are kept in units of log 2, so that exp is 2^x.
 constexpr double LOG2E_EXACT = 1.4426950408889634;
 constexpr float LOG2E = float(LOG2E_EXACT);
 
+template <class T>
+constexpr bool IN_PAIRS = HAS_BFLOAT16_PAIRS && std::is_same_v<T, bfloat16>;
+template <class T>
+using ProductsOf = std::conditional_t<IN_PAIRS<T>, PairProducts, FloatProducts>;
+template <class T>
+constexpr int64_t WORD = IN_PAIRS<T> ? 2 : 1;  // elements in a word
+
 INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 INLINE int64_t padded(int64_t width) { return round_up(width, LANES); }
+template <class T>
+INLINE int64_t words(int64_t elements) {
+  return (elements + WORD<T> - 1) / WORD<T>;
+}
 
-// What queries are multiplied by before the product; with a soft-cap it is the cap's argument that comes out.
+// What q.k is multiplied by; with a soft-cap it is the cap's argument that comes out. Float32 queries are multiplied
+// before the product, for free; pairs stay as they are, for they would be rounded, and their scores are multiplied.
 INLINE float query_scale(const AttentionProblem& p) {
   return p.softcap == 0.0f ? p.scale * LOG2E : p.scale / p.softcap;
 }
@@ -41,15 +58,26 @@ INLINE KeyRange hull(KeyRange a, KeyRange b) {
   return {a.begin < b.begin ? a.begin : b.begin, a.end > b.end ? a.end : b.end};
 }
 
-// One sequence of the batch: its number of keys and where its queries stand.
+template <class T>
+INLINE T* row_at(T* base, const int64_t (&strides)[3], int64_t batch, int64_t head, int64_t position) {
+  return base + batch * strides[0] + head * strides[1] + position * strides[2];
+}
+
+// One sequence: its queries and keys, where they lie in the tensors and where its queries stand.
 struct Sequence {
-  Sequence(const AttentionProblem& p, int64_t batch) : problem(p), batch(batch), keys(p.S) {
+  Sequence(const AttentionProblem& p, int64_t index)
+      : problem(p), index(index), batch(index), queries(p.T), keys(p.S), first_query(0), first_key(0) {
+    if (p.q_ends != nullptr) {
+      batch = 0;
+      first_query = p.q_ends[index], queries = p.q_ends[index + 1] - first_query;
+      first_key = p.k_ends[index], keys = p.k_ends[index + 1] - first_key;
+    }
     if (p.kv_lengths != nullptr) {
-      const int64_t length = p.kv_lengths[batch];
+      const int64_t length = p.kv_lengths[index];
       keys = length < 0 ? 0 : (length > p.S ? p.S : length);
     }
-    offset = p.q_offset == NO_OFFSET ? keys - p.T : p.q_offset;
-    if (p.q_offsets != nullptr) offset = p.q_offsets[batch];
+    offset = p.q_offset == NO_OFFSET ? keys - queries : p.q_offset;
+    if (p.q_offsets != nullptr) offset = p.q_offsets[index];
     // Far beyond any position, and no sum of positions and windows can overflow.
     offset = offset < -FAR ? -FAR : (offset > FAR ? FAR : offset);
   }
@@ -65,97 +93,205 @@ struct Sequence {
     return seen.empty() ? KeyRange{0, 0} : seen;
   }
 
+  // The row of query t of head h in a tensor of queries, and its place in lse.
+  template <class T>
+  T* query_row(T* base, const int64_t (&strides)[3], int64_t h, int64_t t) const {
+    return row_at(base, strides, batch, h, first_query + t);
+  }
+  int64_t statistic(int64_t h, int64_t t) const { return (batch * problem.H + h) * problem.T + first_query + t; }
+
+  // The row of key j of head g in k or v, or in a tensor laid out as they are.
+  template <class T>
+  T* key_row(T* base, const int64_t (&strides)[3], int64_t g, int64_t j) const {
+    if (problem.page_table == nullptr) return row_at(base, strides, batch, g, first_key + j);
+    const int64_t page = problem.page_table[index * problem.page_columns + j / problem.page_length];
+    return row_at(base, strides, page, g, j % problem.page_length);
+  }
+
   static constexpr int64_t FAR = int64_t{1} << 60;
   const AttentionProblem& problem;
-  int64_t batch, keys, offset;
+  int64_t index, batch, queries, keys, first_query, first_key, offset;
 };
 
-// packed[panel][d][PANEL] = K^T of `count` keys, zeros behind them up to whole panels. `width` of each key's values.
+// Where the rows of a block of keys lie in K and V. Up to a whole panel the last key's stand in for those behind it:
+// whatever they hold, no query sees it.
 template <class T>
-void pack_keys(const T* keys, int64_t stride, int64_t count, int64_t width, float* packed) {
+struct BlockRows {
+  BlockRows(const Sequence& s, int64_t g, KeyRange block) : count(block.end - block.begin) {
+    const AttentionProblem& p = s.problem;
+    for (int64_t j = 0, run; j < count; j += run) {
+      const int64_t key = block.begin + j;
+      run = p.page_table == nullptr ? count : p.page_length - key % p.page_length;
+      if (run > count - j) run = count - j;
+      const T* k = s.key_row(static_cast<const T*>(p.k), p.k_strides, g, key);
+      const T* v = s.key_row(static_cast<const T*>(p.v), p.v_strides, g, key);
+      for (int64_t i = 0; i < run; ++i) keys[j + i] = k + i * p.k_strides[2];
+      for (int64_t i = 0; i < run; ++i) values[j + i] = v + i * p.v_strides[2];
+    }
+    for (int64_t j = count; j < round_up(count, PANEL); ++j) keys[j] = keys[count - 1], values[j] = values[count - 1];
+  }
+  int64_t count;
+  const T* keys[KEY_BLOCK];
+  const T* values[KEY_BLOCK];
+};
+
+INLINE vec finite_or_zero(vec v) { return v - v == vec{} ? v : vec{}; }
+
+// Values that two bfloat16 hold exactly, as words.
+INLINE vec pair_words(vec even, vec odd) {
+  return bits_of<vec>(bits_of<uvec>(even) >> 16 | (bits_of<uvec>(odd) & 0xffff0000u));
+}
+
+// LANES words of a row of `width` elements from word w on, zeros behind its end.
+template <class T>
+INLINE vec load_words(const T* row, int64_t w, int64_t width) {
+  const T* from = row + w * WORD<T>;
+  const int64_t left = width - w * WORD<T>;
+  if constexpr (IN_PAIRS<T>) {
+    vec v = {};
+    std::memcpy(&v, from, left >= LANES * WORD<T> ? sizeof v : size_t(left) * sizeof(T));
+    return v;
+  } else {
+    return left >= LANES ? load(from) : load_partial(from, left);
+  }
+}
+
+// packed[panel][word][PANEL] = K^T of `count` keys, whole panels. `width` elements of each key.
+template <class T>
+void pack_keys(const T* const* keys, int64_t count, int64_t width, float* packed) {
+  const int64_t row_words = words<T>(width);
   for (int64_t j = 0; j < round_up(count, PANEL); j += LANES) {
-    float* panel = packed + j / PANEL * PANEL * width + j % PANEL;
-    for (int64_t d = 0; d < width; d += LANES) {
-      const int64_t n = width - d < LANES ? width - d : LANES;
+    float* panel = packed + j / PANEL * PANEL * row_words + j % PANEL;
+    for (int64_t w = 0; w < row_words; w += LANES) {
+      const int64_t n = row_words - w < LANES ? row_words - w : LANES;
       vec tile[LANES];
-      for (int64_t i = 0; i < LANES; ++i) {
-        const T* row = keys + (j + i) * stride + d;
-        tile[i] = j + i >= count ? vec{} : (n == LANES ? load(row) : load_partial(row, n));
-      }
+      for (int64_t i = 0; i < LANES; ++i) tile[i] = load_words(keys[j + i], w, width);
       transpose(tile);
-      for (int64_t i = 0; i < n; ++i) store(panel + (d + i) * PANEL, tile[i]);
+      for (int64_t i = 0; i < n; ++i) store(panel + (w + i) * PANEL, tile[i]);
     }
   }
 }
 
-template <class T>
-INLINE T* row_at(T* base, const int64_t (&strides)[3], int64_t batch, int64_t head, int64_t position) {
-  return base + batch * strides[0] + head * strides[1] + position * strides[2];
+// packed[j][padded(width)] = f of `count` rows, words along j.
+template <class T, class F>
+INLINE void pack_rows(const T* const* rows, int64_t count, int64_t width, const F& f, float* packed) {
+  for (int64_t j = 0; j < count; j += WORD<T>, packed += padded(width)) {
+    for (int64_t d = 0; d < width; d += LANES) {
+      const auto part = [&](const T* row) __attribute__((always_inline)) {
+        return f(width - d < LANES ? load_partial(row + d, width - d) : load(row + d));
+      };
+      if constexpr (IN_PAIRS<T>) {
+        store(packed + d, pair_words(part(rows[j]), j + 1 < count ? part(rows[j + 1]) : vec{}));
+      } else {
+        store(packed + d, part(rows[j]));
+      }
+    }
+  }
 }
 
-// rows[j][padded(width)] = `count` rows as float32, times `scale`, zeros behind each. True when all are finite.
+// The same of values, zeros in place of what is not finite. True when all is.
 template <class T>
-bool copy_rows(const T* from, int64_t stride, int64_t count, int64_t width, float scale, float* rows) {
-  const int64_t row = padded(width);
+bool pack_values(const T* const* values, int64_t count, int64_t width, float* packed) {
   vec nonfinite = {};  // x - x is NaN for inf and NaN, else 0
-  for (int64_t j = 0; j < count; ++j, from += stride, rows += row) {
-    int64_t d = 0;
-    for (; d + LANES <= width; d += LANES) {
-      const vec v = load(from + d) * scale;
+  const auto finite = [&](vec v) __attribute__((always_inline)) {
+    nonfinite += v - v;
+    return finite_or_zero(v);
+  };
+  pack_rows(values, count, width, finite, packed);
+  return sum_lanes(nonfinite) == 0.0f;
+}
+
+// A row of queries as words, zeros behind it; float32 ones are multiplied by `scale`. True when all are finite.
+template <class T>
+bool copy_words(const T* from, int64_t width, float scale, float* to) {
+  vec nonfinite = {};
+  for (int64_t w = 0; w < words<T>(width); w += LANES) {
+    vec v = load_words(from, w, width);
+    if constexpr (IN_PAIRS<T>) {
+      const vec even = bits_of<vec>(bits_of<uvec>(v) << 16), odd = bits_of<vec>(bits_of<uvec>(v) & 0xffff0000u);
+      nonfinite += (even - even) + (odd - odd);
+    } else {
+      v *= scale;
       nonfinite += v - v;
-      store(rows + d, v);
     }
-    if (d < width) {
-      const vec v = load_partial(from + d, width - d) * scale;
-      nonfinite += v - v;
-      store(rows + d, v);
-    }
+    store(to + w, v);
   }
   return sum_lanes(nonfinite) == 0.0f;
 }
 
-// scores[r][KEY_BLOCK] = A B^T in the columns [begin, end), whole vectors, for a tile of rows of A (count,
-// padded(width)) and a block of keys in packed form.
-INLINE void multiply_packed(const float* rows, int64_t count, const float* packed, int64_t width, int64_t begin,
+// A row's columns [begin, end) as bfloat16, words from begin / 2 on.
+INLINE void round_weights(float* row, int64_t begin, int64_t end) {
+  bfloat16* rounded = reinterpret_cast<bfloat16*>(row);
+  for (int64_t j = begin; j < end; j += LANES) store_weights(rounded + j, load(row + j));
+}
+
+// scores[r][KEY_BLOCK] = Q K^T in the columns [begin, end), whole vectors, for a tile of rows of Q as words (count,
+// padded(row_words)) and a block of keys in packed form.
+template <class Products>
+INLINE void multiply_packed(const float* rows, int64_t count, const float* packed, int64_t row_words, int64_t begin,
                             int64_t end, float* scores) {
   for (int64_t j = begin; j < end;) {
     const int64_t panel_end = j / PANEL * PANEL + PANEL, stop = end < panel_end ? end : panel_end;
-    any_tile(int(count), int((stop - j) / LANES), {rows, padded(width), 1},
-             packed + j / PANEL * PANEL * width + j % PANEL, PANEL, scores + j, KEY_BLOCK, width, false);
+    const MatrixRows keys{packed + j / PANEL * PANEL * row_words + j % PANEL, PANEL};
+    any_tile<Products>(int(count), int((stop - j) / LANES), {rows, padded(row_words), 1}, keys, scores + j, KEY_BLOCK,
+                       row_words, false);
     j = stop;
   }
 }
 
-// C (rows, width) += A (rows, depth) B (depth, width), C and B with rows of `width`, a multiple of LANES.
-INLINE void accumulate_product(int64_t rows, StridedMatrix a, const float* b, float* c, int64_t width, int64_t depth) {
+// The same from K as it lies in memory, for R rows and a width of whole vectors of words: LANES keys are transposed in
+// registers and used once. The sums' order is that of the tiles.
+template <int R, class T>
+[[gnu::noinline]] void multiply_rows(const float* rows, const T* const* keys, int64_t row_words, int64_t begin,
+                                     int64_t end, float* scores) {
+  for (int64_t j = begin; j < end; j += LANES) {
+    vec total[R] = {}, sum[R] = {};
+    for (int64_t w = 0; w < row_words; w += LANES) {
+      vec tile[LANES];
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) tile[i] = load_words(keys[j + i], w, row_words * WORD<T>);
+      transpose(tile);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          sum[r] = ProductsOf<T>::add(sum[r], broadcast(rows[r * row_words + w + i]), tile[i]);
+        }
+      if ((w + LANES) % CHAIN != 0) continue;
+      for (int r = 0; r < R; ++r) total[r] += sum[r], sum[r] = vec{};
+    }
+    for (int r = 0; r < R; ++r) store(scores + r * KEY_BLOCK + j, total[r] + sum[r]);
+  }
+}
+static_assert(CHAIN == INT64_MAX || CHAIN % LANES == 0);
+
+// V as it lies in memory, for a width of whole vectors.
+template <class T>
+struct ValueRows {
+  const T* const* rows;
+  int64_t column;
+  INLINE vec at(int64_t k, int64_t d) const {
+    if constexpr (IN_PAIRS<T>) {
+      return pair_words(load(rows[2 * k] + column + d), load(rows[2 * k + 1] + column + d));
+    } else {
+      return load(rows[k] + column + d);
+    }
+  }
+  INLINE ValueRows from(int64_t k, int64_t d) const { return {rows + k * WORD<T>, column + d}; }
+};
+
+// C (rows, width) += A (rows, depth) B (depth, width), C with rows of `width`, a multiple of LANES; depth in words.
+template <class Products, class B>
+INLINE void accumulate_product(int64_t rows, StridedMatrix a, B b, float* c, int64_t width, int64_t depth) {
   if (depth <= 0) return;
   for (int64_t r = 0; r < rows; r += TILE_ROWS) {
     const StridedMatrix part{a.data + r * a.row, a.row, a.column};
     const int count = int(rows - r < TILE_ROWS ? rows - r : TILE_ROWS);
     for (int64_t d = 0; d < width; d += PANEL) {
       const int vecs = int((width - d < PANEL ? width - d : PANEL) / LANES);
-      any_tile(count, vecs, part, b + d, width, c + r * width + d, width, depth, true);
+      any_tile<Products>(count, vecs, part, b.from(0, d), c + r * width + d, width, depth, true);
     }
   }
-}
-
-// K and V of one block of keys, ready for the tiles.
-struct KeyBlock {
-  const float* packed_keys;  // see pack_keys
-  const float* values;       // (KEY_BLOCK, padded(Dv))
-  bool finite;               // all values are
-};
-
-INLINE int64_t packed_keys_size(const AttentionProblem& p) { return KEY_BLOCK * p.D; }
-INLINE int64_t values_size(const AttentionProblem& p) { return KEY_BLOCK * padded(p.Dv); }
-
-template <class T>
-KeyBlock pack_block(const AttentionProblem& p, int64_t b, int64_t g, KeyRange keys, float* packed, float* values) {
-  const T* k = row_at(static_cast<const T*>(p.k), p.k_strides, b, g, keys.begin);
-  const T* v = row_at(static_cast<const T*>(p.v), p.v_strides, b, g, keys.begin);
-  const int64_t count = keys.end - keys.begin;
-  pack_keys(k, p.k_strides[2], count, p.D, packed);
-  return {packed, values, copy_rows(v, p.v_strides[2], count, p.Dv, 1.0f, values)};
 }
 
 }  // namespace

@@ -34,16 +34,18 @@ INLINE void apply_mask(const Sequence& s, const ScoreRow& row, int64_t first, fl
   });
 }
 
-// Turns q.k * query_scale at scores[0, count) into the scores (times LOG2E) of keys first, first + 1, ...; scores
-// behind the row's range, up to the next whole vector, are -inf. `count` is a multiple of LANES, and room for it is
-// readable.
-INLINE void finish_scores(const Sequence& s, const ScoreRow& row, int64_t first, float* scores, int64_t count) {
+// Turns q.k * query_scale / `scale` at scores[0, count) into the scores (times LOG2E) of keys first, first + 1, ...;
+// scores behind the row's range, up to the next whole vector, are -inf. `count` is a multiple of LANES, and room for it
+// is readable.
+INLINE void finish_scores(const Sequence& s, const ScoreRow& row, int64_t first, float scale, float* scores,
+                          int64_t count) {
   const AttentionProblem& p = s.problem;
   const KeyRange inside = intersect(row.range, {first, first + count});
   if (inside.empty()) {
     for (int64_t j = 0; j < count; ++j) scores[j] = -INFINITY;
     return;
   }
+  if (scale != 1.0f) map_row(scores, count, [=](vec v) { return v * scale; }, scores);
   if (p.softcap != 0.0f) {
     const float cap = p.softcap * LOG2E;
     map_row(scores, count, [=](vec v) { return tanh(v) * cap; }, scores);

@@ -1,7 +1,7 @@
 // The register-blocked product that attention is made of: C (+)= A B with C's tile held in registers.
 //
 // A is read one broadcast value at a time with any strides (so that its transpose costs nothing), B in whole vectors
-// along contiguous rows. TILE_ROWS x TILE_VECS accumulators, TILE_VECS vectors of B and one of A fill the register
+// along its rows, wherever those lie. TILE_ROWS x TILE_VECS accumulators, TILE_VECS vectors of B and one of A fill the register
 // file. The sum over the inner axis runs in order, one accumulator for each element of C: an element's bits do not
 // depend on the tile it falls into.
 #pragma once
@@ -10,6 +10,14 @@
 
 namespace llmcore::LLMCORE_LEVEL {
 namespace {
+
+// What one step along the inner axis adds: the product of two float32 words, or of two pairs of bfloat16.
+struct FloatProducts {
+  INLINE static vec add(vec sum, vec a, vec b) { return fma(a, b, sum); }
+};
+struct PairProducts {
+  INLINE static vec add(vec sum, vec a, vec b) { return add_pair_products(sum, a, b); }
+};
 
 constexpr int TILE_ROWS = 6;
 constexpr int TILE_VECS = REGISTERS == 32 ? 4 : 2;
@@ -24,14 +32,21 @@ constexpr int64_t CHAIN = 16;
 
 struct StridedMatrix {
   const float* data;
-  int64_t row, column;  // strides in elements
+  int64_t row, column;  // strides in words
+};
+
+// B as rows of words, one stride apart. (Any other type with these two functions serves as B.)
+struct MatrixRows {
+  const float* data;
+  int64_t row;
+  INLINE vec at(int64_t k, int64_t column) const { return load(data + k * row + column); }
+  INLINE MatrixRows from(int64_t k, int64_t column) const { return {data + k * row + column, row}; }
 };
 
 // One tile of R rows and V vectors; `depth` is the inner axis. The tile's sum starts from zero, and is added to C at
 // its end when `onto`: shorter chains of additions lose fewer bits.
-template <int R, int V>
-[[gnu::noinline]] void tile_product(StridedMatrix a, const float* b, int64_t b_row, float* c, int64_t c_row,
-                                    int64_t depth, bool onto) {
+template <int R, int V, class Products, class B>
+[[gnu::noinline]] void tile_product(StridedMatrix a, B b, float* c, int64_t c_row, int64_t depth, bool onto) {
   vec sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -42,14 +57,13 @@ template <int R, int V>
   for (int64_t k = 0; k < depth; ++k) {
     vec right[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) right[v] = load(b + v * LANES);
+    for (int v = 0; v < V; ++v) right[v] = b.at(k, v * LANES);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const vec left = broadcast(at[r * a_row]);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
+      for (int v = 0; v < V; ++v) sum[r][v] = Products::add(sum[r][v], left, right[v]);
     }
-    b += b_row;
     at += a_column;
   }
 #pragma GCC unroll 8
@@ -62,44 +76,43 @@ template <int R, int V>
   }
 }
 
-template <int R>
-INLINE void tile_of_rows(int vecs, StridedMatrix a, const float* b, int64_t b_row, float* c, int64_t c_row,
-                         int64_t depth, bool onto) {
+template <int R, class Products, class B>
+INLINE void tile_of_rows(int vecs, StridedMatrix a, B b, float* c, int64_t c_row, int64_t depth, bool onto) {
   if constexpr (TILE_VECS == 4) {
-    if (vecs == 4) return tile_product<R, TILE_VECS>(a, b, b_row, c, c_row, depth, onto);
-    if (vecs == 3) return tile_product<R, TILE_VECS - 1>(a, b, b_row, c, c_row, depth, onto);
+    if (vecs == 4) return tile_product<R, TILE_VECS, Products>(a, b, c, c_row, depth, onto);
+    if (vecs == 3) return tile_product<R, TILE_VECS - 1, Products>(a, b, c, c_row, depth, onto);
   }
-  if (vecs == 2) return tile_product<R, 2>(a, b, b_row, c, c_row, depth, onto);
-  return tile_product<R, 1>(a, b, b_row, c, c_row, depth, onto);
+  if (vecs == 2) return tile_product<R, 2, Products>(a, b, c, c_row, depth, onto);
+  return tile_product<R, 1, Products>(a, b, c, c_row, depth, onto);
 }
 
-INLINE void one_chain(int rows, int vecs, StridedMatrix a, const float* b, int64_t b_row, float* c, int64_t c_row,
-                      int64_t depth, bool onto) {
+template <class Products, class B>
+INLINE void one_chain(int rows, int vecs, StridedMatrix a, B b, float* c, int64_t c_row, int64_t depth, bool onto) {
   switch (rows) {
     case 6:
-      return tile_of_rows<6>(vecs, a, b, b_row, c, c_row, depth, onto);
+      return tile_of_rows<6, Products>(vecs, a, b, c, c_row, depth, onto);
     case 5:
-      return tile_of_rows<5>(vecs, a, b, b_row, c, c_row, depth, onto);
+      return tile_of_rows<5, Products>(vecs, a, b, c, c_row, depth, onto);
     case 4:
-      return tile_of_rows<4>(vecs, a, b, b_row, c, c_row, depth, onto);
+      return tile_of_rows<4, Products>(vecs, a, b, c, c_row, depth, onto);
     case 3:
-      return tile_of_rows<3>(vecs, a, b, b_row, c, c_row, depth, onto);
+      return tile_of_rows<3, Products>(vecs, a, b, c, c_row, depth, onto);
     case 2:
-      return tile_of_rows<2>(vecs, a, b, b_row, c, c_row, depth, onto);
+      return tile_of_rows<2, Products>(vecs, a, b, c, c_row, depth, onto);
     default:
-      return tile_of_rows<1>(vecs, a, b, b_row, c, c_row, depth, onto);
+      return tile_of_rows<1, Products>(vecs, a, b, c, c_row, depth, onto);
   }
 }
 
 // C (rows x vecs vectors) from A (rows x depth) and B (depth x vecs vectors), for rows <= TILE_ROWS, vecs <= TILE_VECS.
-INLINE void any_tile(int rows, int vecs, StridedMatrix a, const float* b, int64_t b_row, float* c, int64_t c_row,
-                     int64_t depth, bool onto) {
+template <class Products, class B>
+INLINE void any_tile(int rows, int vecs, StridedMatrix a, B b, float* c, int64_t c_row, int64_t depth, bool onto) {
   for (; depth > CHAIN; depth -= CHAIN, onto = true) {
-    one_chain(rows, vecs, a, b, b_row, c, c_row, CHAIN, onto);
+    one_chain<Products>(rows, vecs, a, b, c, c_row, CHAIN, onto);
     a.data += CHAIN * a.column;
-    b += CHAIN * b_row;
+    b = b.from(CHAIN, 0);
   }
-  one_chain(rows, vecs, a, b, b_row, c, c_row, depth, onto);
+  one_chain<Products>(rows, vecs, a, b, c, c_row, depth, onto);
 }
 
 }  // namespace

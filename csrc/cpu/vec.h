@@ -189,8 +189,26 @@ constexpr bool HAS_BFLOAT16_PAIRS = true;
 INLINE vec add_pair_products(vec sum, vec a, vec b) {
   return vec(_mm512_dpbf16_ps(__m512(sum), __m512bh(a), __m512bh(b)));
 }
+// Rounds to bfloat16; subnormals may become 0.
+INLINE void store_weights(bfloat16* p, vec v) {
+  const __m256bh rounded = _mm512_cvtneps_pbh(__m512(v));
+  std::memcpy(p, &rounded, sizeof rounded);
+}
+// The same side by side: what add_pair_products takes.
+INLINE vec round_to_pairs(vec even, vec odd) {
+  using words = vector_of<uint16_t, 2 * LANES>::type;
+  const words halves = words(_mm512_cvtne2ps_pbh(__m512(odd), __m512(even)));
+  words lanes;
+  for (int i = 0; i < 2 * LANES; ++i) lanes[i] = uint16_t(i / 2 + (i % 2) * LANES);
+  return vec(__builtin_shuffle(halves, lanes));
+}
 #else
 constexpr bool HAS_BFLOAT16_PAIRS = false;
+INLINE void store_weights(bfloat16* p, vec v) { store(p, v); }
+INLINE vec round_to_pairs(vec even, vec odd) {
+  const uvec low = __builtin_convertvector(to_bits(even, bfloat16{}), uvec);
+  return bits_of<vec>(low | __builtin_convertvector(to_bits(odd, bfloat16{}), uvec) << 16);
+}
 INLINE vec add_pair_products(vec sum, vec a, vec b) {
   const auto even = [](vec v) { return bits_of<vec>(bits_of<uvec>(v) << 16); };
   const auto odd = [](vec v) { return bits_of<vec>(bits_of<uvec>(v) & 0xffff0000u); };

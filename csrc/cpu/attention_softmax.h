@@ -1,0 +1,184 @@
+// Attention's softmax in progress: the state of a block of query rows, and how a tile of them takes in one block of
+// keys.
+#pragma once
+
+#include "attention_dropout.h"
+#include "attention_scores.h"
+
+namespace llmcore::LLMCORE_LEVEL {
+namespace {
+
+// Of each row: highest score so far (times LOG2E), sum of exponentials, weighted sum of values.
+struct Partial {
+  float* highest;  // (rows)
+  float* sum;      // (rows)
+  float* values;   // (rows, padded(Dv))
+
+  Partial(float* memory, int64_t rows) : highest(memory), sum(memory + rows), values(memory + 2 * rows) {}
+  static int64_t size(const AttentionProblem& p, int64_t rows) { return round_up(rows * (2 + padded(p.Dv)), LANES); }
+
+  void clear(int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; ++r) {
+      highest[r] = -INFINITY;
+      sum[r] = 0.0f;
+    }
+    std::memset(values, 0, size_t(rows * width) * sizeof(float));
+  }
+};
+
+INLINE float exp2_one(float x) { return exp2(broadcast(x))[0]; }
+
+// Takes a later chunk of keys into the state. Exact when either side is empty (a sum of NaN is not).
+void merge(Partial& into, const Partial& from, int64_t rows, int64_t width) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (from.sum[r] == 0.0f) continue;
+    const float highest = into.highest[r] > from.highest[r] ? into.highest[r] : from.highest[r];
+    const float old_scale = exp2_one(into.highest[r] - highest), new_scale = exp2_one(from.highest[r] - highest);
+    into.highest[r] = highest;
+    into.sum[r] = into.sum[r] * old_scale + from.sum[r] * new_scale;
+    const auto weighted = [=](vec a, vec b) { return a * old_scale + b * new_scale; };
+    map_row(into.values + r * width, width, weighted, into.values + r * width, from.values + r * width);
+  }
+}
+
+// 2^(scores - highest) in place over whole vectors, added to `sums` lane by lane.
+INLINE void exponentiate(float* scores, int64_t count, float highest, float* sums) {
+  vec sum = load(sums);
+  for (int64_t j = 0; j < count; j += LANES) {
+    const vec e = exp2(load(scores + j) - highest);
+    sum += e;
+    store(scores + j, e);
+  }
+  store(sums, sum);
+}
+
+// One block of keys as the tiles take it: in packed form, or the rows themselves.
+template <class T>
+struct KeyBlock {
+  const BlockRows<T>* rows;  // null: packed
+  const float* packed_keys;  // see pack_keys
+  const float* values;       // see pack_values
+  bool finite;               // all values are
+};
+
+// Room for a tile's work.
+struct TileSpace {
+  float* scores;  // (TILE_ROWS, KEY_BLOCK)
+  float* values;  // (TILE_ROWS, padded(Dv)); with rows not packed (KEY_BLOCK, padded(Dv)) behind it
+};
+
+// Up to TILE_ROWS query rows against one block of keys, which starts at key `first`.
+template <class T>
+struct RowTile {
+  const Sequence& sequence;
+  int64_t g;
+  const ScoreRow* rows;
+  int64_t count;
+  const float* queries;  // (count, padded(words(D)))
+  float *highest, *sums, *values;
+  const TileSpace& space;
+
+  void attend(const KeyBlock<T>& block, KeyRange keys) {
+    KeyRange seen{0, 0};
+    for (int64_t r = 0; r < count; ++r) seen = hull(seen, intersect(rows[r].range, keys));
+    if (seen.empty()) return;
+    const int64_t first = keys.begin, begin = (seen.begin - first) / LANES * LANES;
+    const int64_t end = round_up(seen.end - first, LANES);
+    multiply_keys(block, begin, end);
+    // One loop for each step, not one for all: the rows' chains of latencies overlap.
+    const float scale = IN_PAIRS<T> ? query_scale(sequence.problem) : 1.0f;
+    float tops[TILE_ROWS];
+    for (int64_t r = 0; r < count; ++r) {
+      finish_scores(sequence, rows[r], first + begin, scale, space.scores + r * KEY_BLOCK + begin, end - begin);
+      tops[r] = max_over_row(end - begin, space.scores + r * KEY_BLOCK + begin);
+    }
+    for (int64_t r = 0; r < count; ++r) raise_highest(r, tops[r]);
+    for (int64_t r = 0; r < count; ++r) {
+      float* row = space.scores + r * KEY_BLOCK + begin;
+      // With nothing seen yet every score is -inf or NaN: minus 0, they become 0 and NaN.
+      exponentiate(row, end - begin, highest[r] == -INFINITY ? 0.0f : highest[r], sums + r * LANES);
+      drop_scores(sequence, rows[r], first + begin, row, end - begin);
+      if constexpr (IN_PAIRS<T>) round_weights(space.scores + r * KEY_BLOCK, begin, end);
+    }
+    multiply_values(block, keys, {seen.begin - first, seen.end - first});
+  }
+
+  void multiply_keys(const KeyBlock<T>& block, int64_t begin, int64_t end) {
+    const int64_t width = words<T>(sequence.problem.D);
+    if (block.rows == nullptr) {
+      multiply_packed<ProductsOf<T>>(queries, count, block.packed_keys, width, begin, end, space.scores);
+      return;
+    }
+    const T* const* keys = block.rows->keys;
+    switch (count) {
+      case 6:
+        return multiply_rows<6>(queries, keys, width, begin, end, space.scores);
+      case 5:
+        return multiply_rows<5>(queries, keys, width, begin, end, space.scores);
+      case 4:
+        return multiply_rows<4>(queries, keys, width, begin, end, space.scores);
+      case 3:
+        return multiply_rows<3>(queries, keys, width, begin, end, space.scores);
+      case 2:
+        return multiply_rows<2>(queries, keys, width, begin, end, space.scores);
+      default:
+        return multiply_rows<1>(queries, keys, width, begin, end, space.scores);
+    }
+  }
+
+  void raise_highest(int64_t r, float top) {
+    if (!(top > highest[r])) return;
+    const float before = highest[r];
+    highest[r] = top;
+    if (before == -INFINITY) return;  // nothing to scale yet
+    const int64_t width = padded(sequence.problem.Dv);
+    const float scale = exp2_one(before - top);
+    store(sums + r * LANES, load(sums + r * LANES) * scale);
+    map_row(values + r * width, width, [=](vec v) { return v * scale; }, values + r * width);
+  }
+
+  void multiply_values(const KeyBlock<T>& block, KeyRange keys, KeyRange seen) {
+    const int64_t width = padded(sequence.problem.Dv), size = count * width;
+    if (block.rows == nullptr) {
+      multiply_values(MatrixRows{block.values, width}, seen);
+      if (!block.finite) add_nonfinite(BlockRows<T>(sequence, g, keys), keys.begin, seen);
+      return;
+    }
+    std::memcpy(space.values, values, size_t(size) * sizeof(float));
+    multiply_values(ValueRows<T>{block.rows->values, 0}, seen);
+    vec nonfinite = {};
+    for (int64_t i = 0; i < size; i += LANES) nonfinite += load(values + i) - load(values + i);
+    if (sum_lanes(nonfinite) == 0.0f) return;
+    // Something that was multiplied is not finite, and not every row may see it: once more without that.
+    std::memcpy(values, space.values, size_t(size) * sizeof(float));
+    float* packed = space.values + TILE_ROWS * width;
+    pack_values(block.rows->values, block.rows->count, sequence.problem.Dv, packed);
+    multiply_values(MatrixRows{packed, width}, seen);
+    add_nonfinite(*block.rows, keys.begin, seen);
+  }
+
+  template <class B>
+  void multiply_values(const B& block_values, KeyRange seen) {
+    const int64_t begin = seen.begin / WORD<T>;
+    accumulate_product<ProductsOf<T>>(count, {space.scores + begin, KEY_BLOCK, 1}, block_values.from(begin, 0), values,
+                                      padded(sequence.problem.Dv), words<T>(seen.end) - begin);
+  }
+
+  // NaN and inf of values: what a row may not see must not reach it, and what it sees counts even with a weight that
+  // rounds to 0.
+  void add_nonfinite(const BlockRows<T>& block, int64_t first, KeyRange seen) {
+    const AttentionProblem& p = sequence.problem;
+    for (int64_t j = seen.begin; j < seen.end; ++j) {
+      const T* value = block.values[j];
+      if (sum_over_row(p.Dv, [](vec v) { return v - v; }, value) == 0.0f) continue;
+      for (int64_t r = 0; r < count; ++r) {
+        if (!visible(sequence, rows[r], first + j)) continue;
+        float* into = values + r * padded(p.Dv);
+        map_row(into, p.Dv, [](vec a, vec v) { return v - v == vec{} ? a : a + v; }, into, value);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace llmcore::LLMCORE_LEVEL
