@@ -361,21 +361,44 @@ INLINE void join_pairs(vec even, vec odd, vec& a, vec& b) {
   b = __builtin_shuffle(even, odd, lanes + LANES / 2);
 }
 
-// In place: lane j of rows[i] and lane i of rows[j] change places.
+// Pieces of WIDTH lanes taken from a and b in turn, within each four lanes: the first half of each four, or the second.
+template <int WIDTH, int SECOND>
+INLINE vec interleave(vec a, vec b) {
+  ivec lanes;
+  for (int i = 0; i < LANES; ++i) {
+    lanes[i] = i / 4 * 4 + SECOND * 2 + i % 4 / (2 * WIDTH) * WIDTH + i % WIDTH + i / WIDTH % 2 * LANES;
+  }
+  return __builtin_shuffle(a, b, lanes);
+}
+// Every other four lanes, of a and then of b.
+template <int SECOND>
+INLINE vec alternate_fours(vec a, vec b) {
+  ivec lanes;
+  for (int i = 0; i < LANES; ++i) lanes[i] = i / 4 * 8 + SECOND * 4 + i % 4;
+  return __builtin_shuffle(a, b, lanes);
+}
+
+// In place: lane j of rows[i] and lane i of rows[j] change places. First squares of four by four, then those: each step
+// is one instruction that needs no table of lanes.
 INLINE void transpose(vec (&rows)[LANES]) {
-#pragma GCC unroll 8
-  for (int half = LANES / 2; half >= 1; half /= 2) {
-    ivec low, high;
-    for (int lane = 0; lane < LANES; ++lane) {
-      low[lane] = lane & half ? LANES + lane - half : lane;
-      high[lane] = lane & half ? LANES + lane : lane + half;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i) {
-      if (i & half) continue;
-      const vec a = rows[i], b = rows[i + half];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + half] = __builtin_shuffle(a, b, high);
+#pragma GCC unroll 4
+  for (int i = 0; i < LANES; i += 4) {
+    const vec a = interleave<1, 0>(rows[i], rows[i + 1]), b = interleave<1, 1>(rows[i], rows[i + 1]);
+    const vec c = interleave<1, 0>(rows[i + 2], rows[i + 3]), d = interleave<1, 1>(rows[i + 2], rows[i + 3]);
+    rows[i] = interleave<2, 0>(a, c), rows[i + 1] = interleave<2, 1>(a, c);
+    rows[i + 2] = interleave<2, 0>(b, d), rows[i + 3] = interleave<2, 1>(b, d);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (LANES == 8) {
+      const vec a = rows[i], b = rows[i + 4];
+      rows[i] = alternate_fours<0>(a, b), rows[i + 4] = alternate_fours<1>(a, b);
+    } else if constexpr (LANES == 16) {
+      const vec a = rows[i], b = rows[i + 4], c = rows[i + 8], d = rows[i + 12];
+      const vec even_ab = alternate_fours<0>(a, b), odd_ab = alternate_fours<1>(a, b);
+      const vec even_cd = alternate_fours<0>(c, d), odd_cd = alternate_fours<1>(c, d);
+      rows[i] = alternate_fours<0>(even_ab, even_cd), rows[i + 8] = alternate_fours<1>(even_ab, even_cd);
+      rows[i + 4] = alternate_fours<0>(odd_ab, odd_cd), rows[i + 12] = alternate_fours<1>(odd_ab, odd_cd);
     }
   }
 }
