@@ -134,6 +134,15 @@ ATTENTION = (
     Heads("SmolLM2-135M, decode, 30 layers", 1, 9, 3, 1, 2048, 64, sets=30, modes=(FORWARD,)),
     Heads("SmolLM2-135M, decode of 8 sequences", 8, 9, 3, 1, 2048, 64, modes=(FORWARD,)),
 )
+VARLEN = (
+    Heads("BERT base, 8 sequences of 128", 8, 12, 12, 128, 128, 64, quick=True),
+    Heads("GPT-2 small, 4 sequences of 512", 4, 12, 12, 512, 512, 64, causal=True),
+)
+PAGED = (
+    Heads("SmolLM2-135M, decode", 1, 9, 3, 1, 2048, 64, quick=True, modes=(FORWARD,)),
+    Heads("SmolLM2-135M, decode of 8 sequences", 8, 9, 3, 1, 2048, 64, modes=(FORWARD,)),
+    Heads("SmolLM2-135M, prefill of 512", 1, 9, 3, 512, 512, 64, causal=True, modes=(FORWARD,)),
+)
 LINEAR = (
     Product("SmolLM2-135M, prefill of 512, gate and up", 512, 576, 3072, quick=True),
     Product("SmolLM2-135M, prefill of 512, down", 512, 1536, 576),

@@ -1,9 +1,9 @@
 // The register-blocked product that attention is made of: C (+)= A B with C's tile held in registers.
 //
 // A is read one broadcast value at a time with any strides (so that its transpose costs nothing), B in whole vectors
-// along its rows, wherever those lie. TILE_ROWS x TILE_VECS accumulators, TILE_VECS vectors of B and one of A fill the register
-// file. The sum over the inner axis runs in order, one accumulator for each element of C: an element's bits do not
-// depend on the tile it falls into.
+// along its rows, wherever those lie. TILE_ROWS x TILE_VECS accumulators, TILE_VECS vectors of B and one of A fill the
+// register file. The sum over the inner axis runs in order, one accumulator for each element of C: an element's bits do
+// not depend on the tile it falls into.
 #pragma once
 
 #include "vec.h"

@@ -13,20 +13,24 @@ Float32, autocast, NaN, source: as attention. Queries past the last end are no s
 past it are never used.
 Edge cases: a sequence may have no queries or no keys; total_q and total_k may be 0.
 Errors: TypeError for a dtype, ValueError for a shape, a device or an option; all name the argument.
-The ends must not decrease; that is not checked, for it would wait for an accelerator.
+The ends must not decrease; only CPU kernels check that (RuntimeError), for elsewhere it would wait
+for an accelerator.
 
-Kernels: forward(q, k, v, ends: Ends, options: attention.Options) -> y. The definition's memory
-grows with total_q * total_k.
+Kernels: forward(q, k, v, ends: Ends, options: attention.Options) -> y, or (y, lse (H, total_q))
+with options.return_lse; backward(dy, y, lse, q, k, v, ends, options) -> dq, dk, dv. The
+definition's memory grows with total_q * total_k.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
-from llmcore.dispatch import Op
+from llmcore import native
+from llmcore.dispatch import Candidate, Op, native_candidates
 from llmcore.ops import contract
 from llmcore.ops.attention import check_heads, check_options
 from llmcore.ops.attention_definition import Extra, Options, Window, bounded, default_scale
@@ -142,13 +146,109 @@ def samples(draw: Draw) -> Iterator[Sample]:
     yield Sample("past_the_end", (q, k, v, ends_q - (ends_q > 8) * 3, ends_k - (ends_k > 8) * 3))
 
 
+def refuses(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Ends, options: Options
+) -> list[str]:
+    return native.refuses_tensors(q, k, v)
+
+
+@native.fake("attention_varlen_forward")
+def _(
+    level: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total, heads = q.shape[:2]
+    lse = q.new_empty(heads, total, dtype=torch.float32)
+    return q.new_empty(total, heads, v.shape[2]), lse
+
+
+@native.fake("attention_varlen_backward")
+def _(
+    level: int,
+    dy: torch.Tensor,
+    y: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *rest: Any,
+) -> tuple[torch.Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+
+def raw_arguments(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Ends, options: Options
+) -> tuple[Any, ...]:
+    """A call as the raw ops take it."""
+    left, right = options.window or (None, None)
+    return (
+        *(q, k, v, ends.q.long().contiguous(), ends.k.long().contiguous()),
+        *(options.causal, -1 if left is None else left, -1 if right is None else right),
+        *(options.scale, options.softcap or 0.0),
+    )
+
+
+def with_contract_arguments(candidate: Candidate) -> Candidate:
+    """A raw candidate as one that takes the contract's arguments."""
+    raw_forward, raw_backward = candidate.forward, candidate.backward
+    assert raw_backward is not None
+
+    def forward(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Ends, options: Options
+    ) -> Any:
+        y, lse = raw_forward(*raw_arguments(q, k, v, ends, options))
+        return (y, lse) if options.return_lse else y
+
+    def backward(
+        dy: torch.Tensor, y: torch.Tensor, lse: torch.Tensor, *call: Any
+    ) -> tuple[torch.Tensor, ...]:
+        return raw_backward(dy, y, lse, *raw_arguments(*call))
+
+    return dataclasses.replace(candidate, forward=forward, backward=backward)
+
+
+class AttentionVarlen(contract.KernelFunction):
+    """The gradient of a kernel's forward pass, by the same kernel's backward pass."""
+
+    @staticmethod
+    def forward(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        ends_q: torch.Tensor,
+        ends_k: torch.Tensor,
+        options: Options,
+        kernel: Candidate,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return kernel.forward(q, k, v, Ends(ends_q, ends_k), options._replace(return_lse=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.options, ctx.kernel = inputs[5:]
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[:5], *output)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor, dlse: Any) -> tuple[Any, ...]:
+        q, k, v, ends_q, ends_k, y, lse = ctx.saved_tensors
+        ends = Ends(ends_q, ends_k)
+        if contract.differentiated_again():
+
+            def define(q: Any, k: Any, v: Any) -> torch.Tensor:
+                return reference(q, k, v, ends, ctx.options)
+
+            return *contract.gradients(define, (q, k, v), dy), *[None] * 4
+        grads = ctx.kernel.backward(dy, y, lse, q, k, v, ends, ctx.options)
+        needs = ctx.needs_input_grad
+        return *(g if n else None for g, n in zip(grads, needs, strict=False)), *[None] * 4
+
+
 OP = Op(
     "attention_varlen",
     reference,
     check,
     samples,
+    tuple(map(with_contract_arguments, native_candidates("attention_varlen", refuses, into=False))),
     arguments=arguments,
-    cpu="no CPU kernel yet: the definition runs, its memory grows with total_q * total_k",
     triton="no Triton kernel yet",
     cuda="no CUDA kernel yet",
 )
@@ -188,4 +288,7 @@ def attention_varlen(
     )
     q, k, v, ends, options = args
     key = contract.call_key((q, k, v, *ends), options, contract.wants_gradient(q, k, v))
-    return OP.kernel(key, *args).forward(*args)
+    kernel = OP.kernel(key, *args)
+    if kernel.backward is not None and contract.wants_gradient(q, k, v):
+        return AttentionVarlen.record(q, k, v, *ends, options, kernel)[0]
+    return kernel.forward(*args)

@@ -18,16 +18,19 @@ Errors: TypeError for a dtype, ValueError for a shape, a device or an option; al
 A page in use that is not 0 to P - 1 is an IndexError on the CPU and an assertion elsewhere.
 
 Kernels: forward(q, k_pages, v_pages, pages: Pages, options: attention.Options) -> y or (y, lse).
+They have no backward pass: with a gradient the definition runs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
-from llmcore.dispatch import Op
+from llmcore import native
+from llmcore.dispatch import Candidate, Op, native_candidates
 from llmcore.ops import contract
 from llmcore.ops.attention import check_extra, check_heads, check_options
 from llmcore.ops.attention_definition import (
@@ -40,6 +43,7 @@ from llmcore.ops.attention_definition import (
     nearest,
 )
 from llmcore.ops.attention_definition import reference as attention_reference
+from llmcore.ops.attention_native import heads_like, raw_arguments
 from llmcore.ops.sample import Draw, Sample
 
 
@@ -151,13 +155,64 @@ def samples(draw: Draw) -> Iterator[Sample]:
     yield Sample("length_0", call(1, [0, 5], 2, 1, 4, 8, 8), {"return_lse": True})
 
 
+def refuses(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, pages: Pages, options: Options
+) -> list[str]:
+    reasons = native.refuses_tensors(q, k_pages, v_pages)
+    extra = pages.extra
+    if contract.wants_gradient(q, k_pages, v_pages, extra.sinks, extra.alibi_slopes):
+        reasons.append("an input requires a gradient: these kernels have no backward pass")
+    return reasons
+
+
+@native.fake("paged_attention_forward")
+def _(
+    level: int, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y = heads_like(q, q.shape[1], v_pages.shape[3])
+    return y, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def with_contract_arguments(candidate: Candidate) -> Candidate:
+    """A raw candidate as one that takes the contract's arguments."""
+    raw_forward = candidate.forward
+
+    def forward(
+        q: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        pages: Pages,
+        options: Options,
+    ) -> Result:
+        # Without a mask: it stands behind q, k and v. The seed stands before the int offset.
+        _, _, _, _, *extra, _, offset, causal, left, right, scale, softcap, _ = raw_arguments(
+            q, k_pages, v_pages, pages.extra, options
+        )
+        table = pages.table.long().contiguous()
+        rest = (table, *extra, offset, causal, left, right, scale, softcap)
+        try:
+            y, lse = raw_forward(q, k_pages, v_pages, *rest)
+        except RuntimeError as error:
+            if "page_table: page" not in str(error):
+                raise
+            raise IndexError(str(error)) from None
+        return (y, lse) if options.return_lse else y
+
+    return dataclasses.replace(candidate, forward=forward)
+
+
 OP = Op(
     "paged_attention",
     reference,
     check,
     samples,
+    tuple(
+        map(
+            with_contract_arguments,
+            native_candidates("paged_attention", refuses, backward=False, into=False),
+        )
+    ),
     arguments=arguments,
-    cpu="no CPU kernel yet: the definition runs, and gathers the pages",
     triton="no Triton kernel yet",
     cuda="no CUDA kernel yet",
 )

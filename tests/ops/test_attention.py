@@ -203,6 +203,40 @@ def test_attention_row_does_not_depend_on_its_batch(backend: str) -> None:
         same(backend, heads, whole[one, 2:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("D", [64, 40])
+def test_attention_few_queries_equal_many(D: int, dtype: torch.dtype, backend: str) -> None:
+    """Keys are packed for all queries, packed for a few or read as they lie: the same bits."""
+    q, k, v = (t.to(dtype) for t in qkv(B=1, H=6, G=2, T=70, S=600, D=D))
+    v[:, :, 520, 3] = math.nan  # and a hidden one hides in each of them
+    seen = torch.arange(600) != 520
+    whole = ops.attention(q, k, v, mask=seen)
+    assert whole.isfinite().all()
+    for start, end in ((0, 1), (7, 9), (10, 19), (40, 70)):
+        part = ops.attention(q[:, :, start:end], k, v, mask=seen)
+        if backend == "best":
+            assert torch.equal(part, whole[:, :, start:end])
+    attended = ops.attention(q[:, :, :1], k, v)
+    assert attended[..., 3].isnan().all() and attended[..., 4:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_gradient_does_not_depend_on_its_batch(dtype: torch.dtype, backend: str) -> None:
+    """A batch goes to threads head by head, one sequence in parts of heads."""
+    if backend != "best":
+        pytest.skip("the definition's sums are torch's, which promise no order")
+    tensors = [t.to(dtype) for t in qkv(B=3, T=50, S=600)]
+    cotangent = torch.randn(3, 4, 50, 16).to(dtype)
+
+    def gradients(rows: slice) -> tuple[torch.Tensor, ...]:
+        leaves = [t[rows].clone().requires_grad_() for t in tensors]
+        return torch.autograd.grad(ops.attention(*leaves, causal=True), leaves, cotangent[rows])
+
+    whole = gradients(slice(0, 3))
+    for got, want in zip(gradients(slice(1, 2)), whole, strict=True):
+        assert torch.equal(got, want[1:2])
+
+
 @pytest.mark.parametrize("window", [(3, 0), (0, 2), (2, 1), (None, 0), (1, None), (0, 0)], ids=str)
 def test_attention_window(window: tuple[int | None, int | None]) -> None:
     q, k, v = qkv(T=5, S=11)

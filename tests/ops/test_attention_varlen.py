@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+import llmcore
 from llmcore import ops
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -55,6 +56,34 @@ def test_attention_varlen_is_attention_of_each_sequence(
         y = function(*leaves)
         results.append((y.detach(), *torch.autograd.grad(y, leaves, cotangent)))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_varlen_gives_the_bits_of_attention(dtype: torch.dtype, backend: str) -> None:
+    if backend != "best":
+        pytest.skip("the definition's sums are torch's, which promise no order")
+    lengths = (70, 1, 300, 0, 3)
+    where = (ends(lengths), ends(lengths))
+    tensors = [torch.randn(sum(lengths), heads, 64).to(dtype) for heads in (4, 2, 2)]
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    y = ops.attention_varlen(*leaves, *where, causal=True)
+    cotangent = torch.randn(y.shape).to(dtype)
+    got = (y.detach(), *torch.autograd.grad(y, leaves, cotangent))
+    for *parts, dy in zip(*(t.split(lengths) for t in (*tensors, cotangent)), strict=True):
+        alone: list[Any] = [t.transpose(0, 1)[None].clone().requires_grad_() for t in parts]
+        y = ops.attention(*alone, causal=True)
+        want = (y.detach(), *torch.autograd.grad(y, alone, dy.transpose(0, 1)[None]))
+        for mine, theirs in zip(got, want, strict=True):
+            assert torch.equal(mine[: len(dy)], theirs[0].transpose(0, 1))
+        got = tuple(t[len(dy) :] for t in got)
+
+
+def test_attention_varlen_native_ends_must_be_in_order() -> None:
+    q, k, v = packed()
+    with llmcore.use("cpu"), pytest.raises(RuntimeError, match="cu_seqlens_q"):
+        ops.attention_varlen(q, k, v, ends(LENGTHS_Q).flip(0), ends(LENGTHS_K))
+    with llmcore.use("cpu"), pytest.raises(RuntimeError, match="cu_seqlens_k"):
+        ops.attention_varlen(q, k, v, ends(LENGTHS_Q), ends(LENGTHS_K) * 2)
 
 
 def test_attention_varlen_sequences_do_not_meet() -> None:

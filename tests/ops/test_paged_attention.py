@@ -49,6 +49,20 @@ def test_paged_attention_equals_attention(size: int, T: int, options: dict[str, 
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T", [1, 8, 60])
+def test_paged_attention_gives_the_bits_of_attention(
+    T: int, dtype: torch.dtype, backend: str
+) -> None:
+    if backend != "best":
+        pytest.skip("the definition's sums are torch's, which promise no order")
+    q, k, v = (torch.randn(2, h, n, 64).to(dtype) for h, n in ((4, T), (2, 600), (2, 600)))
+    lengths = torch.tensor([600, 259])
+    pages_k, pages_v, table = paged(k, v, lengths, 16)
+    got = ops.paged_attention(q, pages_k, pages_v, table, lengths, causal=True)
+    assert torch.equal(got, ops.attention(q, k, v, kv_lengths=lengths, causal=True))
+
+
 def test_paged_attention_sinks_and_alibi() -> None:
     q, k, v = torch.randn(2, 4, 2, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
     lengths = torch.tensor([9, 5])
