@@ -310,13 +310,13 @@ class Backward {
     if (p_.softcap != 0.0f) {
       map_row(capped, count, [=](vec v) { return tanh(v * unscaled); }, scores);
     }
-    finish_scores(s, row, first, unscaled, scores, count);
+    const float left = finish_scores(s, row, first, unscaled, scores, count);
     // exp(score - lse) as 2^(score - shift) * 2^(shift - lse), the latter exact: a difference of the two would be
     // rounded at the size of lse. A row that sees nothing has lse -inf and probabilities 0, not exp(-inf + inf).
     const double total = lse == -INFINITY ? 0.0 : double(lse) * LOG2E_EXACT;
     const float shift = std::fabs(total) < 60.0 ? 0.0f : float(std::rint(total));
     const float scale = float(std::exp2(double(shift) - total));
-    map_row(scores, count, [=](vec v) { return exp2(v - shift) * scale; }, scores);
+    map_row(scores, count, [=](vec v) { return exp2(v * left - shift) * scale; }, scores);
     if (p_.dropout_threshold == 0) {
       // 0 * (inf or NaN) must not reach dq: what a row may not see has no gradient.
       map_row(dscores, count, [=](vec e, vec d) { return e == 0.0f ? vec{} : e * (d - delta); }, scores, dscores);

@@ -35,17 +35,19 @@ INLINE void apply_mask(const Sequence& s, const ScoreRow& row, int64_t first, fl
 }
 
 // Turns q.k * query_scale / `scale` at scores[0, count) into the scores (times LOG2E) of keys first, first + 1, ...;
-// scores behind the row's range, up to the next whole vector, are -inf. `count` is a multiple of LANES, and room for it
-// is readable.
-INLINE void finish_scores(const Sequence& s, const ScoreRow& row, int64_t first, float scale, float* scores,
-                          int64_t count) {
+// scores behind the row's range, up to the next whole vector, are -inf. What they are still to be multiplied by: scale,
+// where nothing is added to them, so that the caller can do it on the way, or 1. `count` is a multiple of LANES, and
+// room for it is readable.
+INLINE float finish_scores(const Sequence& s, const ScoreRow& row, int64_t first, float scale, float* scores,
+                           int64_t count) {
   const AttentionProblem& p = s.problem;
   const KeyRange inside = intersect(row.range, {first, first + count});
   if (inside.empty()) {
     for (int64_t j = 0; j < count; ++j) scores[j] = -INFINITY;
-    return;
+    return 1.0f;
   }
-  if (scale != 1.0f) map_row(scores, count, [=](vec v) { return v * scale; }, scores);
+  const bool is_plain = p.softcap == 0.0f && p.alibi_slopes == nullptr && p.mask == nullptr && scale > 0.0f;
+  if (!is_plain && scale != 1.0f) map_row(scores, count, [=](vec v) { return v * scale; }, scores);
   if (p.softcap != 0.0f) {
     const float cap = p.softcap * LOG2E;
     map_row(scores, count, [=](vec v) { return tanh(v) * cap; }, scores);
@@ -63,6 +65,7 @@ INLINE void finish_scores(const Sequence& s, const ScoreRow& row, int64_t first,
   }
   for (int64_t j = 0; j < inside.begin - first; ++j) scores[j] = -INFINITY;
   for (int64_t j = inside.end - first; j < count; ++j) scores[j] = -INFINITY;
+  return is_plain ? scale : 1.0f;
 }
 
 // Whether a row may see a key, by its range and a bool mask.

@@ -41,13 +41,21 @@ void merge(Partial& into, const Partial& from, int64_t rows, int64_t width) {
   }
 }
 
-// 2^(scores - highest) in place over whole vectors, added to `sums` lane by lane.
-INLINE void exponentiate(float* scores, int64_t count, float highest, float* sums) {
+// 2^(scores * scale - highest) in place over whole vectors, added to `sums` lane by lane. With pairs and `rounded` as
+// bfloat16, from the middle of the scores' place in `row` on, as round_weights puts them.
+template <class T>
+INLINE void exponentiate(float* row, int64_t begin, int64_t end, float scale, float highest, bool rounded,
+                         float* sums) {
   vec sum = load(sums);
-  for (int64_t j = 0; j < count; j += LANES) {
-    const vec e = exp2(load(scores + j) - highest);
+  for (int64_t j = begin; j < end; j += LANES) {
+    const vec score = IN_PAIRS<T> ? load(row + j) * scale : load(row + j);
+    const vec e = exp2(score - highest);
     sum += e;
-    store(scores + j, e);
+    if (IN_PAIRS<T> && rounded) {
+      store_weights(reinterpret_cast<bfloat16*>(row) + j, e);
+    } else {
+      store(row + j, e);
+    }
   }
   store(sums, sum);
 }
@@ -86,19 +94,23 @@ struct RowTile {
     const int64_t end = round_up(seen.end - first, LANES);
     multiply_keys(block, begin, end);
     // One loop for each step, not one for all: the rows' chains of latencies overlap.
-    const float scale = IN_PAIRS<T> ? query_scale(sequence.problem) : 1.0f;
-    float tops[TILE_ROWS];
+    float scales[TILE_ROWS], tops[TILE_ROWS];
     for (int64_t r = 0; r < count; ++r) {
-      finish_scores(sequence, rows[r], first + begin, scale, space.scores + r * KEY_BLOCK + begin, end - begin);
-      tops[r] = max_over_row(end - begin, space.scores + r * KEY_BLOCK + begin);
+      float* scores = space.scores + r * KEY_BLOCK + begin;
+      const float scale = IN_PAIRS<T> ? query_scale(sequence.problem) : 1.0f;
+      scales[r] = finish_scores(sequence, rows[r], first + begin, scale, scores, end - begin);
+      tops[r] = max_over_row(end - begin, scores) * scales[r];
     }
     for (int64_t r = 0; r < count; ++r) raise_highest(r, tops[r]);
+    const bool drops = sequence.problem.dropout_threshold != 0;
     for (int64_t r = 0; r < count; ++r) {
-      float* row = space.scores + r * KEY_BLOCK + begin;
+      float* row = space.scores + r * KEY_BLOCK;
       // With nothing seen yet every score is -inf or NaN: minus 0, they become 0 and NaN.
-      exponentiate(row, end - begin, highest[r] == -INFINITY ? 0.0f : highest[r], sums + r * LANES);
-      drop_scores(sequence, rows[r], first + begin, row, end - begin);
-      if constexpr (IN_PAIRS<T>) round_weights(space.scores + r * KEY_BLOCK, begin, end);
+      const float shift = highest[r] == -INFINITY ? 0.0f : highest[r];
+      exponentiate<T>(row, begin, end, scales[r], shift, !drops, sums + r * LANES);
+      if (!drops) continue;
+      drop_scores(sequence, rows[r], first + begin, row + begin, end - begin);
+      if constexpr (IN_PAIRS<T>) round_weights(row, begin, end);
     }
     multiply_values(block, keys, {seen.begin - first, seen.end - first});
   }
