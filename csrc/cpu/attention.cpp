@@ -23,11 +23,13 @@ struct QueryBlock {
 QueryBlock query_block(const Sequence& s, int64_t g, int64_t first) {
   const int64_t group = s.problem.H / s.problem.G, all = group * s.queries;
   QueryBlock block;
+  if (first >= all) return block;
+  int64_t h = g * group + first / s.queries, t = first % s.queries;
   for (int64_t r = first; r < all && r < first + QUERY_BLOCK; ++r) {
-    const int64_t t = r % s.queries;
     const KeyRange range = s.range(t);
-    block.rows[block.count++] = {g * group + r / s.queries, t, range};
+    block.rows[block.count++] = {h, t, range};
     block.keys = hull(block.keys, range);
+    if (++t == s.queries) t = 0, ++h;
   }
   return block;
 }
@@ -57,7 +59,7 @@ class Forward {
     is_small_ = p_.B * p_.H * queries * keys * (p_.D + p_.Dv) < 65536;
     const bool whole_vectors = p_.D % (LANES * WORD<T>) == 0 && p_.Dv % LANES == 0;
     if (query_blocks_ <= 1) {
-      packing_ = rows <= TILE_ROWS && whole_vectors ? Packing::none : Packing::of_block;
+      packing_ = rows <= 2 * TILE_ROWS && whole_vectors ? Packing::none : Packing::of_block;
     } else {
       packing_ = p_.B * p_.G >= 4 * runtime.threads() ? Packing::of_head : Packing::of_all;
     }
@@ -161,7 +163,11 @@ class Forward {
         attend(packed(head + block * packed_size()));
       }
     }
-    for (int64_t r = 0; r < t.block.count; ++r) into.sum[r] = sum_lanes(load(sums + r * LANES));
+    for (int64_t r = 0; r < t.block.count; ++r) {
+      into.sum[r] = sum_lanes(load(sums + r * LANES));
+      // Scores of -inf only count as no keys, whatever their values are.
+      if (into.sum[r] == 0.0f) std::memset(into.values + r * width, 0, size_t(width) * sizeof(float));
+    }
   }
 
   void attend_block(const Task& t, const KeyBlock<T>& block, int64_t index, Workspace& w, float* sums,
@@ -208,8 +214,9 @@ class Forward {
   void attend(const Task& t, const float* head, Workspace& w) const {
     load_queries(t, w.queries);
     Partial state(w.partials, rows_), chunk_state(w.partials + w.partial_size, rows_);
-    state.clear(t.block.count, padded(p_.Dv));
-    for (int64_t c = t.block.keys.begin / KEY_CHUNK; c * KEY_CHUNK < t.block.keys.end; ++c) {
+    int64_t c = t.block.keys.begin / KEY_CHUNK;
+    attend_chunk(t, c, head, w, state);
+    for (++c; c * KEY_CHUNK < t.block.keys.end; ++c) {
       attend_chunk(t, c, head, w, chunk_state);
       merge(state, chunk_state, t.block.count, padded(p_.Dv));
     }
