@@ -263,19 +263,20 @@ INLINE void multiply_packed(const float* rows, int64_t count, const float* packe
 }
 
 // The same from K as it lies in memory, for R rows and a width of whole vectors of words: LANES keys are transposed in
-// registers and used once. The sums' order is that of the tiles.
+// registers and used once, and V is fetched for the product to come. The sums' order is that of the tiles.
 template <int R, class T>
-[[gnu::noinline]] void multiply_rows(const float* rows, const T* const* keys, int64_t row_words, int64_t begin,
-                                     int64_t end, float* scores) {
+[[gnu::noinline]] void multiply_rows(const float* rows, const BlockRows<T>& block, int64_t row_words,
+                                     int64_t value_words, int64_t begin, int64_t end, float* scores) {
   for (int64_t j = begin; j < end; j += LANES) {
     vec total[R] = {}, sum[R] = {};
-    EarlyFetch<T> later{keys + j + AHEAD, row_words};
+    EarlyFetch<T> later{block.keys + j + AHEAD, row_words}, values{block.values + j, value_words};
     for (int64_t w = 0; w < row_words; w += LANES) {
       vec tile[LANES];
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; ++i) {
-        tile[i] = load_words(keys[j + i] + w * WORD<T>);
+        tile[i] = load_words(block.keys[j + i] + w * WORD<T>);
         later.next();
+        values.next();
       }
       transpose(tile);
 #pragma GCC unroll 16

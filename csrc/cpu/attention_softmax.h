@@ -121,20 +121,24 @@ struct RowTile {
       multiply_packed<ProductsOf<T>>(queries, count, block.packed_keys, width, begin, end, space.scores);
       return;
     }
-    const T* const* keys = block.rows->keys;
+    // No fewer words of V than of K are fetched for each key: those of LANES keys, not more.
+    const int64_t value_width = words<T>(sequence.problem.Dv), fetched = value_width < width ? width : value_width;
+    const auto multiply = [&](auto tile_rows) {
+      multiply_rows<decltype(tile_rows)::value>(queries, *block.rows, width, fetched, begin, end, space.scores);
+    };
     switch (count) {
       case 6:
-        return multiply_rows<6>(queries, keys, width, begin, end, space.scores);
+        return multiply(std::integral_constant<int, 6>{});
       case 5:
-        return multiply_rows<5>(queries, keys, width, begin, end, space.scores);
+        return multiply(std::integral_constant<int, 5>{});
       case 4:
-        return multiply_rows<4>(queries, keys, width, begin, end, space.scores);
+        return multiply(std::integral_constant<int, 4>{});
       case 3:
-        return multiply_rows<3>(queries, keys, width, begin, end, space.scores);
+        return multiply(std::integral_constant<int, 3>{});
       case 2:
-        return multiply_rows<2>(queries, keys, width, begin, end, space.scores);
+        return multiply(std::integral_constant<int, 2>{});
       default:
-        return multiply_rows<1>(queries, keys, width, begin, end, space.scores);
+        return multiply(std::integral_constant<int, 1>{});
     }
   }
 
