@@ -316,7 +316,7 @@ class Backward {
     const double total = lse == -INFINITY ? 0.0 : double(lse) * LOG2E_EXACT;
     const float shift = std::fabs(total) < 60.0 ? 0.0f : float(std::rint(total));
     const float scale = float(std::exp2(double(shift) - total));
-    map_row(scores, count, [=](vec v) { return exp2(v * left - shift) * scale; }, scores);
+    map_row(scores, count, [=](vec v) { return exp2((IN_PAIRS<T> ? v * left : v) - shift) * scale; }, scores);
     if (p_.dropout_threshold == 0) {
       // 0 * (inf or NaN) must not reach dq: what a row may not see has no gradient.
       map_row(dscores, count, [=](vec e, vec d) { return e == 0.0f ? vec{} : e * (d - delta); }, scores, dscores);

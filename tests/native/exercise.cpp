@@ -289,6 +289,65 @@ void exercise_attention(const Kernels& kernels, const Shape& s, Dtype dtype, boo
   }
 }
 
+// Sequences one behind the other, one of them empty, and a token of none behind them.
+void exercise_packed_sequences(const Kernels& kernels, Dtype dtype) {
+  const int64_t H = 4, G = 2, D = 64, Dv = 32;
+  const int64_t q_ends[] = {0, 3, 3, 73, 74}, k_ends[] = {0, 300, 300, 380, 385}, T = 75, S = 386;
+  const Buffer q(T * H * D, dtype), k(S * G * D, dtype), v(S * G * Dv, dtype), out(T * H * Dv, dtype);
+  const Buffer dq(T * H * D, dtype), dk(S * G * D, dtype), dv(S * G * Dv, dtype), lse(H * T, Dtype::float32);
+
+  AttentionForward forward{};
+  AttentionProblem& p = forward.problem;
+  p.q = q, p.k = k, p.v = v;
+  p.B = 4, p.H = H, p.G = G, p.T = T, p.S = S, p.D = D, p.Dv = Dv;
+  p.q_ends = q_ends, p.k_ends = k_ends;
+  const auto set = [](int64_t (&strides)[3], int64_t heads, int64_t width) {
+    strides[0] = 0, strides[1] = width, strides[2] = heads * width;
+  };
+  set(p.q_strides, H, D);
+  set(p.k_strides, G, D);
+  set(p.v_strides, G, Dv);
+  set(forward.out_strides, H, Dv);
+  p.dtype = dtype, p.scale = 0.1f, p.q_offset = NO_OFFSET, p.causal = true;
+  p.window_left = p.window_right = -1;
+  forward.out = out, forward.lse = lse.floats();
+  require(kernels.attention_forward(forward), "attention_forward");
+
+  AttentionBackward backward{};
+  backward.problem = p;
+  backward.out = out, backward.dout = out, backward.lse = lse.floats();
+  backward.dq = dq, backward.dk = dk, backward.dv = dv;
+  set(backward.out_strides, H, Dv);
+  set(backward.dout_strides, H, Dv);
+  set(backward.dq_strides, H, D);
+  set(backward.dk_strides, G, D);
+  set(backward.dv_strides, G, Dv);
+  require(kernels.attention_backward(backward), "attention_backward");
+}
+
+// Keys in pages of five; behind a sequence's length the table holds no page.
+void exercise_pages(const Kernels& kernels, int64_t T, Dtype dtype) {
+  const int64_t H = 4, G = 2, D = 64, page_length = 5, pages = 7;
+  const int64_t table[] = {6, 0, 3, 2, 5, 1, -1, -1, -1, -1}, lengths[] = {23, 4};
+  const Buffer q(2 * H * T * D, dtype), k(pages * G * page_length * D, dtype), v(pages * G * page_length * D, dtype);
+  const Buffer out(2 * H * T * D, dtype), lse(2 * H * T, Dtype::float32);
+
+  AttentionForward forward{};
+  AttentionProblem& p = forward.problem;
+  p.q = q, p.k = k, p.v = v;
+  p.B = 2, p.H = H, p.G = G, p.T = T, p.D = p.Dv = D;
+  p.page_table = table, p.page_columns = 5, p.page_length = page_length, p.S = 25;
+  p.kv_lengths = lengths;
+  set_contiguous(p.q_strides, H, T, D);
+  set_contiguous(p.k_strides, G, page_length, D);
+  set_contiguous(p.v_strides, G, page_length, D);
+  set_contiguous(forward.out_strides, H, T, D);
+  p.dtype = dtype, p.scale = 0.1f, p.q_offset = NO_OFFSET;
+  p.window_left = p.window_right = -1;
+  forward.out = out, forward.lse = lse.floats();
+  require(kernels.attention_forward(forward), "attention_forward");
+}
+
 void two_threads(int64_t count, int64_t, Runtime::Body body, void* context) {
   std::thread other([=] { body(0, count / 2, context); });
   body(count / 2, count, context);
@@ -330,12 +389,16 @@ int main() {
                                                                {2, 4, 2, 1, 700, 16, 24},
                                                                {1, 3, 1, 50, 60, 33, 7},
                                                                {1, 2, 2, 65, 270, 64, 64},
+                                                               {1, 6, 2, 3, 600, 64, 32},
+                                                               {4, 2, 2, 60, 70, 32, 32},
                                                                {0, 2, 2, 3, 3, 8, 8},
                                                                {1, 2, 2, 3, 0, 8, 8},
                                                                {1, 2, 2, 0, 5, 8, 8}}) {
           exercise_attention(kernels, shape, dtype, options);
         }
       }
+      exercise_packed_sequences(kernels, dtype);
+      for (const int64_t T : {1, 40}) exercise_pages(kernels, T, dtype);
     }
     std::printf("%s: ran\n", level_name(level));
   }
