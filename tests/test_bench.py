@@ -42,7 +42,7 @@ OPS = sorted(cases.benches())
 needs_native = pytest.mark.skipif(native.module is None, reason=native.why_not)
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def little_to_collect() -> Iterator[None]:
     """A collection before each timing walks over all modules: 0.2 s each time."""
     gc.freeze()
