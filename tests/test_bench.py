@@ -246,6 +246,24 @@ def test_bench_prepared_and_other_peers() -> None:
     assert best is not None and best.name == "packed"
 
 
+@pytest.mark.parametrize(
+    ("op", "name", "needs"),
+    [
+        ("attention", "onnxruntime Attention", ("onnx", "onnxruntime")),
+        ("layer_norm", "onnxruntime LayerNormalization", ("onnx", "onnxruntime")),
+        ("linear", "OpenBLAS (numpy)", ("threadpoolctl",)),
+    ],
+)
+def test_bench_other_libraries(op: str, name: str, needs: tuple[str, ...]) -> None:
+    for module in needs:
+        pytest.importorskip(module)
+    result = contest.hold(small_case(op), 1, SETTINGS)
+    (found,) = (e for e in result.entries if e.name == name)
+    if "not linked with OpenBLAS" in found.why_not:
+        pytest.skip(found.why_not)
+    assert found.timing is not None and found.side == contest.OTHERS, found.why_not
+
+
 @pytest.mark.parametrize("packed", ["int8", "int4"])
 def test_bench_packed_weights(packed: str) -> None:
     shape = shapes.Product("test", 1, 64, 32, packed, modes=(shapes.FORWARD,))
