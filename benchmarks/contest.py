@@ -76,6 +76,7 @@ class Entry:
     error: float | None = None
     note: str = ""
     extra: int | None = None
+    is_compiled: bool = False
 
     @property
     def seconds(self) -> float:
@@ -103,14 +104,15 @@ class Result:
             return None
         return self.case.work.amount / entry.seconds / self.rate
 
-    def best(self, side: str) -> Entry | None:
-        """The fastest of a side that was timed."""
+    def best(self, side: str, *, eager: bool = False) -> Entry | None:
+        """The fastest of a side that was timed; of the `eager` ones, torch.compile left out."""
         timed = [e for e in self.entries if e.side == side and e.timing is not None]
+        timed = [e for e in timed if not (eager and e.is_compiled)]
         return min(timed, key=lambda e: e.seconds, default=None)
 
-    def against_torch(self, entry: Entry) -> float | None:
+    def against_torch(self, entry: Entry, *, eager: bool = False) -> float | None:
         """How many times as fast as torch's best a contender is."""
-        best = self.best(TORCH)
+        best = self.best(TORCH, eager=eager)
         return None if best is None or entry.timing is None else best.seconds / entry.seconds
 
     @property
@@ -133,6 +135,7 @@ class Ready:
     make: Callable[[Sample, torch.dtype], Call]
     context: Callable[[], AbstractContextManager[Any]] = torch.no_grad
     note: str = ""
+    is_compiled: bool = False
 
 
 def leaves(sample: Sample, dtype: torch.dtype, gradient: bool) -> tuple[list[Any], dict[str, Any]]:
@@ -247,7 +250,7 @@ def peer_in(peer: Peer, case: Case) -> Ready:
     if peer.prepare is not None:
         make = functools.partial(prepared_call, peer)
     side, context = TORCH if peer.is_torch else OTHERS, functools.partial(rested, peer.rest)
-    return Ready(peer.name, side, make, context, note)
+    return Ready(peer.name, side, make, context, note, peer.is_compiled)
 
 
 @contextlib.contextmanager
@@ -305,23 +308,25 @@ def admit(
     ready: Ready, yardstick: Yardstick, samples: Sequence[Sample], dtype: torch.dtype
 ) -> tuple[Entry, Contender | None]:
     """Verifies a contender; without one to time the entry says why."""
+    entry = Entry(ready.name, ready.side, note=ready.note, is_compiled=ready.is_compiled)
     try:
         calls = [ready.make(sample, dtype) for sample in samples]
         with ready.context():
             results = calls[0]()
     except dispatch.BackendError as refusal:
-        return Entry(ready.name, ready.side, why_not=str(refusal)), None
+        return replace(entry, why_not=str(refusal)), None
     except Exception as error:  # the table says it; of ours it fails the run
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        return Entry(ready.name, ready.side, why_not=reason, error=math.inf), None
-    error_ratio, note = yardstick.error(results), ready.note
+        return replace(entry, why_not=reason, error=math.inf), None
+    error_ratio = yardstick.error(results)
+    entry = replace(entry, error=error_ratio)
     if error_ratio > 1:
         text = f"{error_ratio:.3g} times the yardstick's bound"
         if ready.side == OURS or not yardstick.is_coarse(results):
             reason = f"its error is {text}"
-            return Entry(ready.name, ready.side, why_not=reason, error=error_ratio), None
-        note = "; ".join(filter(None, (note, f"rounds coarsely, {text}")))
-    entry = Entry(ready.name, ready.side, error=error_ratio, note=note)
+            return replace(entry, why_not=reason), None
+        notes = filter(None, (ready.note, f"rounds coarsely, {text}"))
+        entry = replace(entry, note="; ".join(notes))
     return entry, Contender(ready.name, roofline.in_turn(calls), ready.context)
 
 

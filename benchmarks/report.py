@@ -134,8 +134,8 @@ def case_lines(result: Result) -> Iterator[str]:
 
 
 TABLE_TITLE = (
-    f"{'':<53}{'ours':>10}{'torch':>10}{'ratio':>8}{'of limit':>10}{'MiB ours':>10}{'torch':>8}"
-    f"  {'to reach':<20}reached  torch's best; others"
+    f"{'':<53}{'ours':>10}{'torch':>10}{'ratio':>8}{'eager':>8}{'of limit':>10}"
+    f"{'MiB ours':>10}{'torch':>8}  {'to reach':<17}reached  torch's best; others"
 )
 
 
@@ -146,14 +146,15 @@ def table_line(line: Line) -> str:
     if ours is None:
         reasons = (entry.why_not for entry in result.entries if entry.side == OURS)
         return f"{line.row.name:<53}{'-':>10}{torchs}  not timed: {'; '.join(reasons)}"
-    share, ratio = result.share(ours), result.against_torch(ours)
+    share = result.share(ours)
+    ratios = (result.against_torch(ours, eager=eager) for eager in (False, True))
     cells = (
         f"{milliseconds(ours.seconds):>7} ms",
         torchs,
-        f"{'?' if ratio is None else f'{ratio:.2f}x':>8}",
+        *(f"{'?' if ratio is None else f'{ratio:.2f}x':>8}" for ratio in ratios),
         f"{'?' if share is None else f'{100 * share:.0f} %':>10}",
         f"{mebibytes(ours.extra):>10}{mebibytes(best.extra if best else None):>8}",
-        f"  {line.goal!s:<20}{'?' if line.misses is None else 'NO' if line.misses else 'yes':<9}",
+        f"  {line.goal!s:<17}{'?' if line.misses is None else 'NO' if line.misses else 'yes':<9}",
     )
     timed = [entry for entry in result.entries if entry.side == OTHERS and entry.timing]
     others = [f"{entry.name} {milliseconds(entry.seconds)} ms" for entry in timed]

@@ -335,6 +335,22 @@ def test_bench_table_holds_bf16_to_fp32s_time_where_there_is_an_instruction() ->
     assert table.line_of(halves, slow.result, [whole]).misses == ["fp32_ratio"]
 
 
+def test_bench_table_tells_eager_from_compiled() -> None:
+    goals = {"ratio": table.Goal(ratio=2.0), "eager_ratio": table.Goal(eager_ratio=2.0)}
+    for name, goal in goals.items():
+        row = table.Row("rms_norm", "4096x768", "fp32", shapes.FORWARD, goal)
+        result = measured(row, entry(contest.OURS, 1e-3)).result
+        compiled = dataclasses.replace(entry(contest.TORCH, 1.5e-3), is_compiled=True)
+        result.entries.append(compiled)
+        missed = table.line_of(row, result, []).misses
+        assert missed == (["ratio"] if name == "ratio" else [])
+        slow = dataclasses.replace(result, entries=[*result.entries, entry(contest.OURS, 1.6e-3)])
+        slow.entries.remove(result.entries[1])
+        assert table.line_of(row, slow, []).misses == [name]
+        assert result.best(contest.TORCH) is compiled
+        assert result.best(contest.TORCH, eager=True) is not compiled
+
+
 def test_bench_table_holds_a_loss_to_its_memory() -> None:
     goal, label = table.Goal(extra=0.05), "2048x768x50257"
     row = table.Row("linear_cross_entropy", label, "fp32", shapes.FORWARD, goal)
