@@ -1,4 +1,5 @@
-"""attention against SDPA and compiled flex_attention (which has no backward pass on the CPU).
+"""attention against SDPA, compiled flex_attention (which has no backward pass on the CPU) and
+onnxruntime's.
 
 Bound by multiply-adds where many queries share the keys: 4 D operations for each attending pair
 forward (two products), 10 D backward (five, the scores being recomputed). One query is bound by
@@ -17,6 +18,7 @@ from llmcore.ops.sample import Draw, Sample
 
 from . import shapes
 from .cases import Bench, Peer, Work
+from .other_libraries import onnxruntime_peer
 
 FEW_QUERIES = 8
 """Up to so many queries the keys and values are read faster than they are multiplied."""
@@ -75,9 +77,16 @@ def flex_attention(shape: shapes.Heads) -> Peer:
     return Peer("compiled flex_attention", call, modes=modes, quick_modes=(), is_compiled=True)
 
 
+def onnx_arguments(*tensors: torch.Tensor, causal: bool) -> tuple[Any, dict[str, Any]]:
+    # Its causal is aligned at the top left, ours at the end: the same where T = S.
+    return tensors, {"is_causal": int(causal)}
+
+
 def peers(shape: shapes.Heads) -> list[Peer]:
-    grouped = [Peer("SDPA on repeated heads", sdpa_on_repeated_heads)]
-    return [Peer("SDPA", sdpa), *(grouped if shape.H != shape.G else []), flex_attention(shape)]
+    found = [Peer("SDPA", sdpa)]
+    if shape.H != shape.G:
+        found.append(Peer("SDPA on repeated heads", sdpa_on_repeated_heads))
+    return [*found, flex_attention(shape), onnxruntime_peer("Attention", onnx_arguments)]
 
 
 BENCH = Bench("attention", shapes.ATTENTION, shapes.TINY_HEADS, sample, work, peers)

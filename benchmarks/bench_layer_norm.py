@@ -1,4 +1,4 @@
-"""layer_norm against F.layer_norm, eager and compiled.
+"""layer_norm against F.layer_norm, eager and compiled, and onnxruntime's.
 
 Bound by memory: forward moves 2 elements, backward 3.
 """
@@ -12,6 +12,7 @@ from llmcore.ops.sample import Draw, Sample
 
 from . import shapes
 from .cases import Bench, Peer, Work, compiled
+from .other_libraries import onnxruntime_peer
 
 
 def sample(shape: shapes.Rows, draw: Draw) -> Sample:
@@ -42,10 +43,17 @@ def torch_layer_norm_into(
     return out
 
 
+def onnx_arguments(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[tuple[torch.Tensor, ...], dict[str, float]]:
+    return (x, weight, bias), {"epsilon": eps}
+
+
 def peers(shape: shapes.Rows) -> list[Peer]:
     return [
         Peer("F.layer_norm", torch_layer_norm, torch_layer_norm_into),
         compiled("F.layer_norm", torch_layer_norm),
+        onnxruntime_peer("LayerNormalization", onnx_arguments),
     ]
 
 

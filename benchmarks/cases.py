@@ -14,7 +14,7 @@ import torch
 import llmcore.benchmarks
 from llmcore.ops.sample import Draw, Sample
 
-from .shapes import BACKWARD, FORWARD, MODES, Shape
+from .shapes import BACKWARD, BOTH, FORWARD, MODES, Shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,16 +45,27 @@ class Peer:
     """A call that one has without llmcore; it takes the arguments of llmcore's function.
 
     `into` takes `out=` besides; without it the peer makes a fresh result in that mode too, and the
-    table says so. `is_compiled`: by torch.compile, which takes seconds at the first call; in quick
-    runs it is in fewer modes.
+    table says so. `prepare` makes other arguments of them before anything is timed (packs a weight
+    as the peer wants it); such a peer has no gradient. `is_compiled`: by torch.compile, which takes
+    seconds at the first call; in quick runs it is in fewer modes. `is_torch` is False for another
+    library's call, which is shown and is no part of "torch's best"; `rest` is how many seconds its
+    threads get to fall asleep after a turn: awake they would slow down whoever is next.
     """
 
     name: str
     call: Callable[..., Any]
     into: Callable[..., Any] | None = None
-    modes: tuple[str, ...] = MODES
-    quick_modes: tuple[str, ...] = MODES
+    prepare: Callable[..., tuple[Any, ...]] | None = None
+    modes: tuple[str, ...] = (*MODES, BOTH)
+    quick_modes: tuple[str, ...] = (*MODES, BOTH)
+    dtypes: tuple[str, ...] = tuple(DTYPES)
     is_compiled: bool = False
+    is_torch: bool = True
+    rest: float = 0.0
+
+    def takes(self, dtype: str, mode: str, is_quick: bool) -> bool:
+        invited = mode in self.modes and (not is_quick or mode in self.quick_modes)
+        return invited and dtype in self.dtypes
 
 
 def compiled(name: str, function: Callable[..., Any]) -> Peer:

@@ -12,13 +12,16 @@ import torch
 
 from llmcore import native
 
-from . import machine, overhead, plot, report, roofline
+from . import machine, overhead, plot, report, roofline, table
 from .cases import DTYPES, Case, benches, cases
 from .contest import Settings, hold
-from .timing import QUICK, Plan
+from .timing import QUICK, TABLE, Plan
 
 EXTRAS = ("roofline", "overhead")
 """What can be named besides the ops: this machine's limits, and the cost of a call."""
+
+OPS = "ops"
+"""The name of the table of figures to reach; ops named beside it choose its rows."""
 
 
 def parts(known: tuple[str, ...], what: str) -> Callable[[str], tuple[str, ...]]:
@@ -44,9 +47,13 @@ def thread_counts(text: str) -> tuple[int, ...]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    known = (*benches(), *EXTRAS)
+    known = ", ".join((*benches(), *EXTRAS))
     parser.add_argument(
-        "ops", nargs="*", metavar="OP", help=f"which of {', '.join(known)} (default: all)"
+        "ops",
+        nargs="*",
+        metavar="OP",
+        help=f"which of {known} (default: all); or {OPS}: the table of the figures to reach, in a "
+        f"quarter of an hour (of some ops: {OPS} linear rope)",
     )
     parser.add_argument("--quick", action="store_true", help="few shapes, about two minutes")
     parser.add_argument(
@@ -78,13 +85,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, writes; 1 when a kernel of ours fails the yardstick, 2 for a wrong name."""
-    known = (*benches(), *EXTRAS)
+    known = (OPS, *benches(), *EXTRAS)
     unknown = [name for name in args.ops if name not in known]
     if unknown:
         print(f"ops: got {unknown[0]!r}, expected one of {', '.join(known)}")
         return 2
-    chosen = args.ops or list(known)
-    threads = args.threads or ((machine.cores(),) if args.quick else (1, machine.cores()))
+    chosen = args.ops or list(known[1:])
+    threads = args.threads or ((machine.cores(),) if args.quick else (machine.cores(), 1))
     threads = tuple(dict.fromkeys(threads))
     settings = settings_of(args)
     found = report.Report(machine.describe(), {**dataclasses.asdict(settings), "ops": chosen})
@@ -93,7 +100,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         if "roofline" in chosen:
             show_roofline(found, threads, settings.plan)
-        show_cases(found, case_list(args, chosen), threads, settings)
+        if OPS in chosen:
+            show_table(found, row_list(args, chosen), threads, settings)
+        else:
+            show_cases(found, case_list(args, chosen), threads, settings)
         if "overhead" in chosen:
             show_overhead(found, chosen, settings.plan)
     finally:  # what an interrupted run has measured is kept
@@ -104,8 +114,15 @@ def run(args: argparse.Namespace) -> int:
 
 def settings_of(args: argparse.Namespace) -> Settings:
     levels = tuple(f"cpu_{level}" for level in native.LEVELS) if args.levels else ()
-    plan = QUICK if args.quick else Plan()
-    return Settings(plan, ("cpu", *levels), not args.no_compile, args.quick)
+    is_table = OPS in args.ops
+    plan = QUICK if args.quick else TABLE if is_table else Plan()
+    compiles = not args.no_compile
+    return Settings(plan, ("cpu", *levels), compiles, args.quick, definition=not is_table)
+
+
+def row_list(args: argparse.Namespace, chosen: list[str]) -> list[table.Row]:
+    named = [name for name in chosen if name in benches()]
+    return [r for r in table.rows_of(named, args.quick) if r.dtype in args.dtypes]
 
 
 def case_list(args: argparse.Namespace, chosen: list[str]) -> list[Case]:
@@ -150,6 +167,19 @@ def show_cases(
         print(*report.case_lines(result), sep="\n", flush=True)
 
 
+def show_table(
+    found: report.Report, rows: list[table.Row], threads: tuple[int, ...], settings: Settings
+) -> None:
+    known = benches()
+    for count in threads:
+        print(f"\nOn {report.on_threads(count)}\n{report.TABLE_TITLE}", flush=True)
+        for row in rows:
+            result = hold(row.case(known), count, settings)
+            found.results.append(result)
+            found.table.append(table.line_of(row, result, found.table))
+            print(report.table_line(found.table[-1]), flush=True)
+
+
 def show_overhead(found: report.Report, chosen: list[str], plan: Plan) -> None:
     wanted = [bench for op, bench in benches().items() if op in chosen]
     print("\nCost of a call on a tiny tensor, one thread, medians (quartiles)", flush=True)
@@ -162,6 +192,7 @@ def finish(found: report.Report, args: argparse.Namespace) -> None:
     """The summary, the JSON and the plot."""
     if found.results:
         print("\nSummary")
+        print(*report.table_summary(found.table), sep="\n")
         print(*report.summary_lines(found.results), sep="\n")
     path = args.json or machine.results_file()
     found.write(path)

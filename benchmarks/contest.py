@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from llmcore.dispatch import Op
 from llmcore.ops.sample import Draw, Sample
 from llmcore.verify import BACKWARD_FACTOR, FORWARD_FACTOR, judge
 
-from . import roofline
+from . import machine, memory, roofline
 from .cases import DTYPES, Case, Peer
-from .shapes import BACKWARD, INTO
+from .shapes import BACKWARD, BOTH, INTO
 from .timing import Contender, Plan, Timing, measure
 
 COARSE = 0.25
@@ -34,15 +35,21 @@ layer_norm has dweight off by 7 % at 4096 x 768."""
 QUIET = 0.95
 """The share of the cores from which on a result counts as undisturbed."""
 
-DEFINITION, TORCH, OURS = "definition", "torch", "llmcore"
+DEFINITION, TORCH, OTHERS, OURS = "definition", "torch", "other library", "llmcore"
 """Whose a contender is."""
+
+LONG_CALL = 0.5
+"""Seconds from which on a call is made once to see its memory."""
+
+TORCHS_REST = 0.005
+"""Seconds in which torch's threads fall asleep; they spin for about one millisecond."""
 
 Call = Callable[[], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run: the timing plan, our backends, whether torch.compile takes part.
+    """How to run: the timing plan, our backends, whether torch.compile takes part, the definition.
 
     `quick` leaves out the peers that take long to get ready.
     """
@@ -51,13 +58,15 @@ class Settings:
     backends: tuple[str, ...] = ("cpu",)
     compile: bool = True
     quick: bool = False
+    definition: bool = True
 
 
 @dataclass(frozen=True)
 class Entry:
     """What became of one contender: a timing, or the reason why there is none.
 
-    `error` is its worst, in units of the yardstick's bound; infinite where it raised.
+    `error` is its worst, in units of the yardstick's bound; infinite where it raised. `extra` is
+    the memory it takes beyond its results, in bytes; None where the system does not say.
     """
 
     name: str
@@ -66,6 +75,8 @@ class Entry:
     why_not: str = ""
     error: float | None = None
     note: str = ""
+    extra: int | None = None
+    is_compiled: bool = False
 
     @property
     def seconds(self) -> float:
@@ -93,14 +104,15 @@ class Result:
             return None
         return self.case.work.amount / entry.seconds / self.rate
 
-    def best(self, side: str) -> Entry | None:
-        """The fastest of a side that was timed."""
+    def best(self, side: str, *, eager: bool = False) -> Entry | None:
+        """The fastest of a side that was timed; of the `eager` ones, torch.compile left out."""
         timed = [e for e in self.entries if e.side == side and e.timing is not None]
+        timed = [e for e in timed if not (eager and e.is_compiled)]
         return min(timed, key=lambda e: e.seconds, default=None)
 
-    def against_torch(self, entry: Entry) -> float | None:
+    def against_torch(self, entry: Entry, *, eager: bool = False) -> float | None:
         """How many times as fast as torch's best a contender is."""
-        best = self.best(TORCH)
+        best = self.best(TORCH, eager=eager)
         return None if best is None or entry.timing is None else best.seconds / entry.seconds
 
     @property
@@ -123,6 +135,7 @@ class Ready:
     make: Callable[[Sample, torch.dtype], Call]
     context: Callable[[], AbstractContextManager[Any]] = torch.no_grad
     note: str = ""
+    is_compiled: bool = False
 
 
 def leaves(sample: Sample, dtype: torch.dtype, gradient: bool) -> tuple[list[Any], dict[str, Any]]:
@@ -163,9 +176,33 @@ def backward_call(function: Callable[..., Any], sample: Sample, dtype: torch.dty
     return lambda: list(torch.autograd.grad(results, wanted, cotangents, retain_graph=True))
 
 
+def both_call(function: Callable[..., Any], sample: Sample, dtype: torch.dtype) -> Call:
+    """A loss and its gradients."""
+    args, options = leaves(sample, dtype, True)
+    wanted = [t for t in args if isinstance(t, torch.Tensor) and t.requires_grad]
+
+    def call() -> list[torch.Tensor]:
+        with torch.enable_grad():
+            loss = function(*args, **options)
+        return [loss.detach(), *torch.autograd.grad(loss, wanted)]
+
+    return call
+
+
+def prepared_call(peer: Peer, sample: Sample, dtype: torch.dtype) -> Call:
+    """A peer's call on the arguments that it prepared."""
+    assert peer.prepare is not None
+    args, options = leaves(sample, dtype, False)
+    with torch.no_grad():
+        prepared = peer.prepare(*args, **options)
+    return lambda: listed(peer.call(*prepared))
+
+
 def make_call(mode: str, has_out: bool = True, results: int = 1) -> Callable[..., Call]:
     if mode == BACKWARD:
         return backward_call
+    if mode == BOTH:
+        return both_call
     if mode == INTO and has_out:
         return functools.partial(into_call, results=results)
     return forward_call
@@ -183,12 +220,11 @@ def on_backend(backend: str) -> Callable[[], AbstractContextManager[Any]]:
 def line_up(case: Case, settings: Settings) -> Iterator[Ready | Entry]:
     """Everyone who takes part in a case, and an entry for each of ours that cannot."""
     op = dispatch.REGISTRY[case.bench.op]
-    if case.mode != INTO:  # the definition takes no out
+    if settings.definition and case.mode != INTO:  # it takes no out
         yield Ready("definition", DEFINITION, functools.partial(make_call(case.mode), op.define))
     for peer in case.bench.peers(case.shape):
         invited = settings.compile or not peer.is_compiled
-        modes = peer.quick_modes if settings.quick else peer.modes
-        if invited and case.mode in modes:
+        if invited and peer.takes(case.dtype, case.mode, settings.quick):
             yield peer_in(peer, case)
     for backend in settings.backends:
         why = why_not(op, backend)
@@ -211,7 +247,19 @@ def peer_in(peer: Peer, case: Case) -> Ready:
     function = peer.into if mode == INTO and peer.into is not None else peer.call
     note = "into a fresh result: it takes no out" if mode == INTO and not has_out else ""
     make = functools.partial(make_call(mode, has_out, case.bench.results), function)
-    return Ready(peer.name, TORCH, make, note=note)
+    if peer.prepare is not None:
+        make = functools.partial(prepared_call, peer)
+    side, context = TORCH if peer.is_torch else OTHERS, functools.partial(rested, peer.rest)
+    return Ready(peer.name, side, make, context, note, peer.is_compiled)
+
+
+@contextlib.contextmanager
+def rested(seconds: float) -> Iterator[None]:
+    """A turn without gradients; its threads rest for `seconds` after it, torch's before it."""
+    time.sleep(min(seconds, TORCHS_REST))
+    with torch.no_grad():
+        yield
+    time.sleep(seconds)
 
 
 def ours_in(
@@ -237,7 +285,7 @@ class Yardstick:
         with torch.no_grad():
             self.plain = make(define, sample, dtype)()
             self.gold = make(define, rounded, torch.float64)()
-        self.factor = BACKWARD_FACTOR if case.mode == BACKWARD else FORWARD_FACTOR
+        self.factor = BACKWARD_FACTOR if case.mode in (BACKWARD, BOTH) else FORWARD_FACTOR
 
     def error(self, results: Sequence[torch.Tensor]) -> float:
         """The worst error, in units of its bound: 1 just passes."""
@@ -260,35 +308,38 @@ def admit(
     ready: Ready, yardstick: Yardstick, samples: Sequence[Sample], dtype: torch.dtype
 ) -> tuple[Entry, Contender | None]:
     """Verifies a contender; without one to time the entry says why."""
+    entry = Entry(ready.name, ready.side, note=ready.note, is_compiled=ready.is_compiled)
     try:
         calls = [ready.make(sample, dtype) for sample in samples]
         with ready.context():
             results = calls[0]()
     except dispatch.BackendError as refusal:
-        return Entry(ready.name, ready.side, why_not=str(refusal)), None
+        return replace(entry, why_not=str(refusal)), None
     except Exception as error:  # the table says it; of ours it fails the run
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        return Entry(ready.name, ready.side, why_not=reason, error=math.inf), None
-    error_ratio, note = yardstick.error(results), ready.note
+        return replace(entry, why_not=reason, error=math.inf), None
+    error_ratio = yardstick.error(results)
+    entry = replace(entry, error=error_ratio)
     if error_ratio > 1:
         text = f"{error_ratio:.3g} times the yardstick's bound"
         if ready.side == OURS or not yardstick.is_coarse(results):
             reason = f"its error is {text}"
-            return Entry(ready.name, ready.side, why_not=reason, error=error_ratio), None
-        note = "; ".join(filter(None, (note, f"rounds coarsely, {text}")))
-    entry = Entry(ready.name, ready.side, error=error_ratio, note=note)
+            return replace(entry, why_not=reason), None
+        notes = filter(None, (ready.note, f"rounds coarsely, {text}"))
+        entry = replace(entry, note="; ".join(notes))
     return entry, Contender(ready.name, roofline.in_turn(calls), ready.context)
 
 
 def hold(case: Case, threads: int, settings: Settings) -> Result:
     """Verifies and times everyone on a case; the machine's limit takes its turns among them."""
-    torch.set_num_threads(threads)
     torch._dynamo.reset()
     draw, dtype, work = Draw(0), DTYPES[case.dtype], case.work
     samples = [case.bench.sample(case.shape, draw) for _ in range(case.shape.sets)]
+    torch.set_num_threads(max(threads, machine.cores()))
+    yardstick = Yardstick(case, samples[0])
+    torch.set_num_threads(threads)
     # A graph is run backward many times: by default inductor would reuse its saved tensors.
     with torch._functorch.config.patch(donated_buffer=False):
-        yardstick = Yardstick(case, samples[0])
         line = list(line_up(case, settings))
         admitted = [
             (e, None) if isinstance(e, Entry) else admit(e, yardstick, samples, dtype) for e in line
@@ -301,14 +352,16 @@ def hold(case: Case, threads: int, settings: Settings) -> Result:
         before = roofline.cores_had() if limit else None
         timings = measure(([limit.contender()] if limit else []) + contenders, settings.plan)
         cores = min(before, roofline.cores_had()) if before is not None else None
-    rate = limit.rate(timings.pop(0)) if limit else None
-    remaining = iter(timings)
-    entries = [
-        entry if contender is None else with_timing(entry, next(remaining))
-        for entry, contender in admitted
-    ]
+        rate = limit.rate(timings.pop(0)) if limit else None
+        remaining = iter(timings)
+        entries = [
+            entry if contender is None else measured(entry, contender, next(remaining))
+            for entry, contender in admitted
+        ]
     return Result(case, threads, limit.name if limit else native.why_not, rate, entries, cores)
 
 
-def with_timing(entry: Entry, timing: Timing) -> Entry:
-    return Entry(entry.name, entry.side, timing, "", entry.error, entry.note)
+def measured(entry: Entry, contender: Contender, timing: Timing) -> Entry:
+    """With its timing, and with the memory that it takes."""
+    calls = 1 if timing.median > LONG_CALL else 2
+    return replace(entry, timing=timing, extra=memory.extra(contender, calls))

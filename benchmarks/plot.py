@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .contest import DEFINITION, OURS, TORCH, Result
+from .contest import DEFINITION, OTHERS, OURS, TORCH, Result
 from .report import Report, on_threads
 
 COLOURS = {
     DEFINITION: ("#b9b9b9",),
     TORCH: ("#2f6db3", "#8fb8de", "#5fa8a0", "#9bcfc4"),
+    OTHERS: ("#7a5aa6", "#b39dd1"),
     OURS: ("#d9541e", "#f0904f", "#f7bd8d", "#b03a0e", "#fadcc4"),
 }
 """A side's contenders take its colours in turn."""

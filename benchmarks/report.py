@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .contest import DEFINITION, OURS, TORCH, Entry, Result
+from .contest import DEFINITION, OTHERS, OURS, TORCH, Entry, Result
 from .overhead import STATES, Cost
 from .roofline import Limit
+from .table import Line
 
 FORMAT = 1
 """Of the JSON; goes up when a field changes its meaning."""
@@ -26,6 +27,7 @@ class Report:
     roofline: list[Limit] = dataclasses.field(default_factory=list)
     results: list[Result] = dataclasses.field(default_factory=list)
     overhead: list[Cost] = dataclasses.field(default_factory=list)
+    table: list[Line] = dataclasses.field(default_factory=list)
 
     @property
     def failed(self) -> bool:
@@ -44,6 +46,7 @@ class Report:
             "roofline": [dataclasses.asdict(limit) for limit in self.roofline],
             "cases": [case_json(result) for result in self.results],
             "overhead": [dataclasses.asdict(cost) for cost in self.overhead],
+            "table": [line.as_json() for line in self.table],
         }
 
 
@@ -86,11 +89,17 @@ def entry_json(result: Result, entry: Entry) -> dict[str, Any]:
         "gflop_per_s": result.case.work.flops / entry.seconds / 1e9,
         "share_of_limit": result.share(entry),
         "against_torch": result.against_torch(entry),
+        "extra_bytes": entry.extra,
     }
 
 
 def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.4g}"
+
+
+def mebibytes(size: int | None) -> str:
+    """What a contender holds beyond its results."""
+    return "?" if size is None else f"{size / (1 << 20):.1f}"
 
 
 def headline(result: Result) -> str:
@@ -106,7 +115,7 @@ def headline(result: Result) -> str:
 
 
 def case_lines(result: Result) -> Iterator[str]:
-    """For each contender: ms (quartiles), rate, share of the limit, ratio to torch's best."""
+    """For each contender: ms (quartiles), rate, share of the limit, extra memory, against torch."""
     yield headline(result)
     for entry in result.entries:
         if entry.timing is None:
@@ -119,8 +128,49 @@ def case_lines(result: Result) -> Iterator[str]:
         line = f"    {entry.name:<26}{milliseconds(entry.seconds):>8} ms {f'({low}-{high})':<17}"
         line += f"{rate:>8.1f} {result.case.work.unit:<8}"
         line += "" if share is None else f"{100 * share:>5.0f} %"
+        line += f"{mebibytes(entry.extra):>9} MiB"
         line += f"{ratio:>8.2f}x torch" if entry.side == OURS and ratio is not None else ""
         yield line + (f"  [{entry.note}]" if entry.note else "")
+
+
+TABLE_TITLE = (
+    f"{'':<53}{'ours':>10}{'torch':>10}{'ratio':>8}{'eager':>8}{'of limit':>10}"
+    f"{'MiB ours':>10}{'torch':>8}  {'to reach':<17}reached  torch's best; others"
+)
+
+
+def table_line(line: Line) -> str:
+    """A row of the table in one line; `?` is for what is not known."""
+    result, ours, best = line.result, line.ours, line.result.best(TORCH)
+    torchs = f"{milliseconds(best.seconds) if best else '?':>7} ms"
+    if ours is None:
+        reasons = (entry.why_not for entry in result.entries if entry.side == OURS)
+        return f"{line.row.name:<53}{'-':>10}{torchs}  not timed: {'; '.join(reasons)}"
+    share = result.share(ours)
+    ratios = (result.against_torch(ours, eager=eager) for eager in (False, True))
+    cells = (
+        f"{milliseconds(ours.seconds):>7} ms",
+        torchs,
+        *(f"{'?' if ratio is None else f'{ratio:.2f}x':>8}" for ratio in ratios),
+        f"{'?' if share is None else f'{100 * share:.0f} %':>10}",
+        f"{mebibytes(ours.extra):>10}{mebibytes(best.extra if best else None):>8}",
+        f"  {line.goal!s:<17}{'?' if line.misses is None else 'NO' if line.misses else 'yes':<9}",
+    )
+    timed = [entry for entry in result.entries if entry.side == OTHERS and entry.timing]
+    others = [f"{entry.name} {milliseconds(entry.seconds)} ms" for entry in timed]
+    names = "; ".join([best.name if best else "?", *others])
+    return f"{line.row.name:<53}{''.join(cells)}{names}{'  NOISY' if result.is_noisy else ''}"
+
+
+def table_summary(lines: Sequence[Line]) -> Iterator[str]:
+    """How many rows reach their figures on each number of threads."""
+    for threads in dict.fromkeys(line.result.threads for line in lines):
+        mine = [line.misses for line in lines if line.result.threads == threads]
+        unknown = mine.count(None)
+        yield (
+            f"  {on_threads(threads)}: {mine.count([])} of {len(mine)} rows reach their figures"
+            + (f", {unknown} unknown" if unknown else "")
+        )
 
 
 def roofline_lines(limits: Sequence[Limit]) -> Iterator[str]:

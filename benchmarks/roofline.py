@@ -25,6 +25,8 @@ CHOOSING = Plan(warm_up=0.01, turn=0.002, total=0.06, fewest_rounds=3, most_roun
 CHAIN_ROUNDS = 1_000_000
 """About 3 ms: far more than it takes to wake a thread."""
 
+BF16_PEAK = "bf16 dot-product peak"
+
 SMALL_BYTES = 32 << 20
 """What a probe moves in one call at least, in several passes, so that the call costs nothing."""
 
@@ -86,7 +88,7 @@ def bf16_pairs() -> Probe | None:
     operations = call()
     if operations == 0:
         return None
-    return Probe("bf16 dot-product peak", call, operations, is_peak=True)
+    return Probe(BF16_PEAK, call, operations, is_peak=True)
 
 
 def peak(dtype: torch.dtype) -> Probe:

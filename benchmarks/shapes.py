@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FORWARD, INTO, BACKWARD = "forward", "forward out=", "backward"
-"""What is timed: the forward pass into a fresh result or a given one, the backward pass alone."""
+FORWARD, INTO, BACKWARD, BOTH = "forward", "forward out=", "backward", "forward+backward"
+"""What is timed: the forward pass into a fresh result or a given one, the backward pass alone, or
+both passes of a loss (some make its gradients in the forward pass)."""
 
 MODES = (FORWARD, INTO, BACKWARD)
 
@@ -65,19 +66,24 @@ class Heads:
 
 @dataclass(frozen=True)
 class Product:
-    """linear's x (M, K) and weight (N, K); `sets` and `quick` as in Rows."""
+    """linear's x (M, K) and weight (N, K); `sets` and `quick` as in Rows.
+
+    `packed` is the format of a PackedWeight; without it the weight is a tensor.
+    """
 
     model: str
     M: int
     K: int
     N: int
+    packed: str = ""
     sets: int = 1
     quick: bool = False
     modes: tuple[str, ...] = (FORWARD, BACKWARD)
 
     @property
     def label(self) -> str:
-        return f"{self.M}x{self.K}x{self.N}"
+        marks = (f" {self.packed}" if self.packed else "") + (" cold" if self.sets > 1 else "")
+        return f"{self.M}x{self.K}x{self.N}{marks}"
 
 
 Shape = Rows | Heads | Product
@@ -147,8 +153,16 @@ LINEAR = (
     Product("SmolLM2-135M, prefill of 512, gate and up", 512, 576, 3072, quick=True),
     Product("SmolLM2-135M, prefill of 512, down", 512, 1536, 576),
     Product("GPT-2 small, 4 sequences of 512", 2048, 768, 3072),
-    Product("8B, decode", 1, 4096, 4096, quick=True, modes=(FORWARD,)),
-    Product("8B, decode of 8 sequences", 8, 4096, 4096, modes=(FORWARD,)),
+    # So many weights that the caches hold none of them.
+    *(
+        Product(f"8B, decode of {rows}", rows, 4096, 4096, packed, sets, quick, modes=(FORWARD,))
+        for rows, quick in ((1, True), (8, False))
+        for packed, sets in (("", 4), ("int8", 8), ("int4", 16))
+    ),
+)
+LINEAR_LOSS = (
+    Product("GPT-2 small, 2 sequences of 1024", 2048, 768, 50257, modes=(FORWARD, BOTH)),
+    Product("SmolLM2-135M, 128 tokens", 128, 576, 49152, quick=True, modes=(FORWARD, BOTH)),
 )
 
 TINY_ROWS = Rows("tiny", 4, 64)
@@ -156,3 +170,4 @@ TINY_LOSS = Rows("tiny", 4, 64, modes=(FORWARD, BACKWARD))
 TINY_HEADS = Heads("tiny", 1, 2, 2, 4, 4, 16)
 """For the cost of a call."""
 TINY_PRODUCT = Product("tiny", 4, 64, 64)
+TINY_LINEAR_LOSS = Product("tiny", 4, 16, 64, modes=(FORWARD, BOTH))

@@ -37,6 +37,12 @@ class Plan:
     most_rounds: int = 100
 
 
+TABLE = Plan(total=0.8, fewest_rounds=3, most_rounds=60)
+"""A few seconds for a case, so that a long list of them stays below a quarter of an hour."""
+
+LONG = 2.0
+"""Seconds of a call that is warm after one."""
+
 QUICK = Plan(warm_up=0.02, turn=0.003, total=0.6, fewest_rounds=5, most_rounds=60)
 
 
@@ -84,10 +90,10 @@ def rounds_in(plan: Plan, seconds: float) -> int:
 
 
 def warm_up(contender: Contender, plan: Plan, clock: Clock) -> float:
-    """Calls for the plan's time, at least twice; seconds of the fastest call."""
+    """Calls for the plan's time, at least twice unless one takes long; seconds of the fastest."""
     fastest, begin, calls = float("inf"), clock(), 0
     with contender.context():
-        while calls < 2 or clock() - begin < plan.warm_up:
+        while calls < 1 or (calls < 2 and fastest < LONG) or clock() - begin < plan.warm_up:
             start = clock()
             contender.call()
             fastest = min(fastest, clock() - start)

@@ -63,7 +63,8 @@ def backend(request: pytest.FixtureRequest, one_thread: None) -> Iterator[str]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """A table of the candidates that ran and those that did not, with reasons."""
+    """How many random cases there were; a table of the candidates that ran, or why they did not."""
+    report_random_cases(terminalreporter)
     ran: dict[tuple[str, str], int] = {}
     skipped: dict[tuple[str, str], str] = {}
     for outcome in ("passed", "failed", "skipped"):
@@ -82,6 +83,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("candidates: tests that ran, or why none did")
     for line in table(ran, skipped):
         terminalreporter.write_line(line)
+
+
+def report_random_cases(terminalreporter: pytest.TerminalReporter) -> None:
+    """The random cases that were held to the yardstick, and how many of them for each op."""
+    counts: dict[str, int] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, value in report.user_properties:
+                if name == "random_cases":
+                    op, count = value.split("/")
+                    counts[op] = counts.get(op, 0) + int(count)
+    if counts:
+        listed = ", ".join(f"{op} {count:,}" for op, count in sorted(counts.items()))
+        terminalreporter.section(f"random cases held to the yardstick: {sum(counts.values()):,}")
+        terminalreporter.write_line(listed)
 
 
 def table(ran: dict[tuple[str, str], int], skipped: dict[tuple[str, str], str]) -> list[str]:

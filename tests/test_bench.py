@@ -6,10 +6,12 @@ No test asserts a time that was measured.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,18 @@ import pytest
 import torch
 
 from llmcore import cli, dispatch, native, verify_command
-from llmcore.benchmarks import cases, command, contest, machine, plot, report, roofline, shapes
+from llmcore.benchmarks import (
+    cases,
+    command,
+    contest,
+    machine,
+    memory,
+    plot,
+    report,
+    roofline,
+    shapes,
+    table,
+)
 from llmcore.benchmarks import timing as times
 from llmcore.verify import Line, Report
 
@@ -27,6 +40,14 @@ SETTINGS = contest.Settings(PLAN, compile=False)
 OPS = sorted(cases.benches())
 
 needs_native = pytest.mark.skipif(native.module is None, reason=native.why_not)
+
+
+@pytest.fixture(autouse=True)
+def little_to_collect() -> Iterator[None]:
+    """A collection before each timing walks over all modules: 0.2 s each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +167,8 @@ def test_bench_every_mode_is_timed(op: str) -> None:
     for case in cases.cases(small(op), ("fp32", "bf16"), quick=False):
         result = contest.hold(case, 1, SETTINGS)
         sides = {entry.side for entry in result.entries if entry.timing is not None}
-        wanted = {contest.TORCH} | ({contest.OURS} if native.module is not None else set())
+        has_kernel = not contest.why_not(dispatch.REGISTRY[op], "cpu")
+        wanted = {contest.TORCH} | ({contest.OURS} if has_kernel else set())
         assert wanted <= sides, f"{case.label}: {result.entries}"
         assert not result.failed
         assert (result.rate is None) == (native.module is None)
@@ -206,6 +228,159 @@ def test_bench_shares_and_ratios() -> None:
     loss = contest.Result(case, 1, "copy", None, [*entries[:2], slow])
     lines = list(report.summary_lines([result, loss]))
     assert any("LOSES" in line and "0.50x compiled F" in line for line in lines)
+
+
+def test_bench_prepared_and_other_peers() -> None:
+    """A prepared peer has its own arguments; another library is no part of torch's best."""
+    bench = small("linear")
+    packed = cases.Peer("packed", lambda x, w: x @ w, prepare=lambda x, w: (x, w.T.contiguous()))
+    other = cases.Peer("other", lambda x, w: x @ w.T, is_torch=False, rest=1e-6)
+    half = cases.Peer("half", lambda x, w: x @ w.T, dtypes=("bf16",))
+    bench = dataclasses.replace(bench, peers=lambda shape: [packed, other, half])
+    case = cases.Case(bench, bench.shapes[0], "fp32", shapes.FORWARD)
+    result = contest.hold(case, 1, SETTINGS)
+    found = {e.name: e for e in result.entries}
+    assert found["packed"].timing is not None and found["other"].timing is not None
+    assert "half" not in found and found["other"].side == contest.OTHERS
+    best = result.best(contest.TORCH)
+    assert best is not None and best.name == "packed"
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "needs"),
+    [
+        ("attention", "onnxruntime Attention", ("onnx", "onnxruntime")),
+        ("layer_norm", "onnxruntime LayerNormalization", ("onnx", "onnxruntime")),
+        ("linear", "OpenBLAS (numpy)", ("threadpoolctl",)),
+    ],
+)
+def test_bench_other_libraries(op: str, name: str, needs: tuple[str, ...]) -> None:
+    for module in needs:
+        pytest.importorskip(module)
+    result = contest.hold(small_case(op), 1, SETTINGS)
+    (found,) = (e for e in result.entries if e.name == name)
+    if "not linked with OpenBLAS" in found.why_not:
+        pytest.skip(found.why_not)
+    assert found.timing is not None and found.side == contest.OTHERS, found.why_not
+
+
+@pytest.mark.parametrize("packed", ["int8", "int4"])
+def test_bench_packed_weights(packed: str) -> None:
+    shape = shapes.Product("test", 1, 64, 32, packed, modes=(shapes.FORWARD,))
+    bench = dataclasses.replace(cases.benches()["linear"], shapes=(shape,))
+    size = 32 * 64 * {"int8": 8, "int4": 4}[packed] // 8 + 2 * 32 * 64 // 32
+    assert bench.work(shape, 2, shapes.FORWARD).bytes == size + 2 * (64 + 32)
+    result = contest.hold(cases.Case(bench, shape, "bf16", shapes.FORWARD), 1, SETTINGS)
+    timed = {e.name for e in result.entries if e.timing is not None}
+    assert {f"_weight_{packed}pack_mm", "F.linear, whole weight"} <= timed, result.entries
+
+
+def test_bench_ligers_chunks_give_the_loss_and_its_gradients() -> None:
+    bench = dataclasses.replace(
+        cases.benches()["linear_cross_entropy"],
+        shapes=(shapes.Product("test", 37, 16, 50, modes=(shapes.BOTH,)),),
+    )
+    case = cases.Case(bench, bench.shapes[0], "fp32", shapes.BOTH)
+    found = {e.name: e for e in contest.hold(case, 1, SETTINGS).entries}
+    assert found["Liger's chunks"].timing is not None, found["Liger's chunks"].why_not
+    assert found["F.linear, F.cross_entropy"].timing is not None
+
+
+def entry(side: str, seconds: float, extra: int | None = 0) -> contest.Entry:
+    return contest.Entry(side, side, Timing((seconds,), 1), extra=extra)
+
+
+def measured(row: table.Row, ours: contest.Entry | None, limit: str = "FMA peak") -> table.Line:
+    """A row's line where torch takes 3 ms, and the limit would be 1 ms."""
+    case = row.case(cases.benches())
+    entries = [entry(contest.TORCH, 3e-3)] + ([ours] if ours is not None else [])
+    result = contest.Result(case, 1, limit, case.work.amount / 1e-3, entries)
+    return table.line_of(row, result, [])
+
+
+def test_bench_table_rows_are_cases_of_the_benches() -> None:
+    benches = cases.benches()
+    for row in table.ROWS:
+        assert row.case(benches).label == row.name and str(row.goal), row.name
+    assert len({row.name for row in table.ROWS}) == len(table.ROWS)
+    quick = table.rows_of((), quick=True)
+    assert 20 < len(quick) < len(table.ROWS)
+    assert {row.op for row in table.rows_of(("rope", "linear"), False)} == {"rope", "linear"}
+
+
+def test_bench_table_holds_rows_to_their_figures() -> None:
+    goal = table.Goal(share=0.8, ratio=2.0)
+    row = table.Row("linear", "512x576x3072", "fp32", shapes.FORWARD, goal)
+    assert measured(row, entry(contest.OURS, 1.2e-3)).misses == []
+    assert measured(row, entry(contest.OURS, 1.3e-3)).misses == ["share"]
+    assert measured(row, entry(contest.OURS, 1.6e-3)).misses == ["share", "ratio"]
+    assert measured(row, None).misses is None
+    known = measured(row, entry(contest.OURS, 1e-3)).result
+    assert table.line_of(row, dataclasses.replace(known, rate=None), []).misses is None
+    assert str(goal) == "80 %, 2x"
+
+
+def test_bench_table_holds_bf16_to_fp32s_time_where_there_is_an_instruction() -> None:
+    goals = table.Goal(ratio=2.0), table.Goal(fp32_ratio=3.0)
+    halves, wholes = (
+        table.Row("attention", "1x12x1024x64", dtype, shapes.FORWARD, *goals)
+        for dtype in ("bf16", "fp32")
+    )
+    assert measured(halves, entry(contest.OURS, 1.4e-3)).misses == []
+    alone = measured(halves, entry(contest.OURS, 0.9e-3), roofline.BF16_PEAK)
+    assert alone.goal == goals[1] and alone.misses is None
+    whole = measured(wholes, entry(contest.OURS, 1e-3))
+    assert table.line_of(halves, alone.result, [whole]).misses == []
+    slow = measured(halves, entry(contest.OURS, 1.4e-3), roofline.BF16_PEAK)
+    assert table.line_of(halves, slow.result, [whole]).misses == ["fp32_ratio"]
+
+
+def test_bench_table_tells_eager_from_compiled() -> None:
+    goals = {"ratio": table.Goal(ratio=2.0), "eager_ratio": table.Goal(eager_ratio=2.0)}
+    for name, goal in goals.items():
+        row = table.Row("rms_norm", "4096x768", "fp32", shapes.FORWARD, goal)
+        result = measured(row, entry(contest.OURS, 1e-3)).result
+        compiled = dataclasses.replace(entry(contest.TORCH, 1.5e-3), is_compiled=True)
+        result.entries.append(compiled)
+        missed = table.line_of(row, result, []).misses
+        assert missed == (["ratio"] if name == "ratio" else [])
+        slow = dataclasses.replace(result, entries=[*result.entries, entry(contest.OURS, 1.6e-3)])
+        slow.entries.remove(result.entries[1])
+        assert table.line_of(row, slow, []).misses == [name]
+        assert result.best(contest.TORCH) is compiled
+        assert result.best(contest.TORCH, eager=True) is not compiled
+
+
+def test_bench_table_holds_a_loss_to_its_memory() -> None:
+    goal, label = table.Goal(extra=0.05), "2048x768x50257"
+    row = table.Row("linear_cross_entropy", label, "fp32", shapes.FORWARD, goal)
+    twentieth = 2048 * 50257 * 4 // 20
+    assert measured(row, entry(contest.OURS, 1e-3, twentieth)).misses == []
+    assert measured(row, entry(contest.OURS, 1e-3, twentieth + 1000)).misses == ["extra"]
+    assert measured(row, entry(contest.OURS, 1e-3, None)).misses is None
+
+
+needs_memory = pytest.mark.skipif(
+    not memory.can_be_measured(), reason="this system does not tell the memory of a call"
+)
+
+
+@needs_memory
+def test_bench_memory_is_what_a_call_holds_beyond_its_results() -> None:
+    x = torch.ones(4 << 20)  # 16 MiB
+
+    def extra(call: Any) -> float:
+        contender = Contender("call", call)
+        call()
+        found = memory.extra(contender)
+        assert found is not None
+        return found / x.nbytes
+
+    assert extra(lambda: [x + 1]) < 0.1
+    assert extra(lambda: x.add_(1)) < 0.1
+    assert 0.9 < extra(lambda: [(x + 1).sum()]) < 1.1
+    assert 2.9 < extra(lambda: [((x + 1) * (x + 2)).sum()]) < 3.1
+    assert 0.9 < extra(lambda: [(x + 1) * 2]) < 1.1
 
 
 @needs_native
@@ -269,6 +444,51 @@ def test_bench_command_writes_json_and_plot(
     assert all(c["share_of_limit"] for c in timed) == has_native
     if not has_native:
         assert "cannot be measured: not built" in out and "no plot: no case" in out
+
+
+def test_bench_command_prints_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = {op: small(op) for op in OPS}
+    rows = [
+        table.Row(op, bench.tiny.label, "fp32", shapes.FORWARD, table.Goal(ratio=1e9))
+        for op, bench in tiny.items()
+    ]
+    monkeypatch.setattr(command, "benches", lambda: tiny)
+    monkeypatch.setattr(command, "settings_of", lambda args: SETTINGS)
+    monkeypatch.setattr(table, "ROWS", rows)
+    path = tmp_path / "found.json"
+    assert cli.main(["bench", "ops", "softmax", "--threads", "1,2", "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\nsoftmax 4x64 fp32 forward") == 2
+    assert "On 1 thread\n" in out and "On 2 threads\n" in out
+    lines = json.loads(path.read_text())["table"]
+    assert [(line["op"], line["threads"]) for line in lines] == [("softmax", 1), ("softmax", 2)]
+    if native.module is not None:
+        assert "0 of 1 rows reach their figures" in out
+        assert all(line["misses"] == ["ratio"] for line in lines)
+
+
+def test_bench_table_survives_an_interrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = table.Row("softmax", "4x64", "fp32", shapes.FORWARD, table.Goal(ratio=1.0))
+    monkeypatch.setattr(command, "benches", lambda: {"softmax": small("softmax")})
+    monkeypatch.setattr(command, "settings_of", lambda args: SETTINGS)
+    monkeypatch.setattr(table, "ROWS", [row, row])
+    held = iter([contest.hold])
+
+    def hold(*args: Any) -> contest.Result:
+        function = next(held, None)
+        if function is None:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    monkeypatch.setattr(command, "hold", hold)
+    path = tmp_path / "found.json"
+    assert cli.main(["bench", "ops", "--threads", "1", "--json", str(path)]) == 130
+    assert len(json.loads(path.read_text())["table"]) == 1
+    assert "Summary" in capsys.readouterr().out
 
 
 @needs_native

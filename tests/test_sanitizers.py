@@ -1,11 +1,15 @@
-"""The native kernels under the sanitizers: tests/native/exercise.cpp must run clean with each."""
+"""The native kernels under the sanitizers and between guard pages: tests/native/exercise.cpp must
+run clean with each."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import importlib.util
+import os
 import shutil
+import signal
 import subprocess
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -55,8 +59,9 @@ def build(folder: Path, sanitizer: str) -> Path:
     return program
 
 
-def run_clean(program: Path) -> None:
-    done = subprocess.run([str(program)], capture_output=True, text=True)
+def run_clean(program: Path, **variables: str) -> None:
+    environment = {**os.environ, **variables}
+    done = subprocess.run([str(program)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-8000:]
     lines = done.stdout.splitlines()
     assert lines and all("ran" in line or "not run" in line for line in lines), done.stdout
@@ -83,3 +88,47 @@ def test_sanitizer_finds_a_planted_fault(tmp_path: Path) -> None:
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
+
+
+def built_objects() -> list[Path]:
+    """The kernels as they are in the library: optimised, by setup.py's own build."""
+    setup = build_flags()
+    folder = ROOT / "build" / f"native-{sysconfig.get_platform()}"
+    names = [
+        f"{level}_{source.stem}" for level in setup.LEVELS for source in setup.kernel_sources()
+    ]
+    found = [folder / f"{name}.o" for name in ("levels", *names)]
+    missing = [path.name for path in found if not path.is_file()]
+    if missing:
+        pytest.skip(f"not built in this checkout: {missing[0]} and {len(missing) - 1} more")
+    return found
+
+
+@pytest.fixture(scope="module")
+def guarded_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program exercise on the library's own kernels, its arrays between guard pages."""
+    program = tmp_path_factory.mktemp("guard") / "exercise"
+    sources = [ROOT / "tests/native" / name for name in ("exercise.cpp", "guard_pages.cpp")]
+    command = [COMPILER, "-std=c++17", "-O1", "-Wno-psabi", *sources, *built_objects(), "-pthread"]
+    subprocess.run([*map(str, command), "-o", str(program)], check=True)
+    return program
+
+
+@pytest.mark.parametrize("side", ["end", "start"])
+def test_kernels_between_guard_pages(side: str, guarded_program: Path) -> None:
+    run_clean(guarded_program, LLMCORE_GUARD=side)
+
+
+@pytest.mark.parametrize(("side", "index"), [("end", 4), ("start", -1)])
+def test_guard_pages_find_a_planted_fault(side: str, index: int, tmp_path: Path) -> None:
+    """One element past an array's end, or before its start, ends the program."""
+    source, program = tmp_path / "fault.cpp", tmp_path / "fault"
+    source.write_text(
+        "int main(int n, char**) { volatile float* x = new float[4]; x[0] = x[3] = 1;"
+        f" if (n > 1) return int(x[{index}]); delete[] x; }}"
+    )
+    guard = ROOT / "tests/native/guard_pages.cpp"
+    subprocess.run([str(COMPILER), str(source), str(guard), "-o", str(program)], check=True)
+    environment = {**os.environ, "LLMCORE_GUARD": side}
+    ends = [subprocess.run([program, *more], env=environment).returncode for more in ([], ["x"])]
+    assert ends == [0, -signal.SIGSEGV]

@@ -1,0 +1,87 @@
+"""What calls hold beyond their results: attention grows with the length and not with its square,
+linear_cross_entropy never holds the logits. The definitions, which do, must be told from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from llmcore import dispatch, ops
+from llmcore.benchmarks import contest, memory, timing
+from llmcore.ops.sample import Draw, Sample
+
+pytestmark = pytest.mark.skipif(
+    not memory.can_be_measured(), reason="this system does not tell the memory of a call"
+)
+
+NOISE = 1 << 20
+"""Pages that come and go beside a call, in bytes."""
+
+forward_call, backward_call = contest.forward_call, contest.backward_call
+
+Make = Callable[[Callable[..., Any], Sample, torch.dtype], Callable[[], Any]]
+
+
+def skip_without_kernel(op: str) -> None:
+    candidate = dispatch.REGISTRY[op].candidate("cpu")
+    why = dispatch.REGISTRY[op].why_absent("cpu") if candidate is None else candidate.machine
+    if why:
+        pytest.skip(why)
+
+
+def extra(backend: str, function: Callable[..., Any], make: Make, sample: Sample) -> int:
+    """Bytes that a call holds beyond its results."""
+    with dispatch.use(backend), torch.no_grad():
+        call = make(function, sample, torch.float32)
+        call()
+        found = memory.extra(timing.Contender(backend, call))
+    assert found is not None
+    return found
+
+
+def attention_sample(length: int) -> Sample:
+    draw = Draw(0)
+    tensors = tuple(draw.normal(1, 2, length, 64) for _ in range(3))
+    return Sample(str(length), tensors, {"causal": True})
+
+
+def grows_linearly(backend: str, make: Make) -> bool:
+    """Whether twice the length takes no more than twice the memory."""
+    half, whole = (extra(backend, ops.attention, make, attention_sample(n)) for n in (1024, 2048))
+    return whole <= 2 * half + NOISE
+
+
+@pytest.mark.parametrize("make", [forward_call, backward_call])
+def test_memory_of_attention_grows_linearly(make: Make) -> None:
+    skip_without_kernel("attention")
+    assert grows_linearly("cpu", make)
+
+
+@pytest.mark.parametrize("make", [forward_call, backward_call])
+def test_memory_of_a_quadratic_attention_is_seen(make: Make) -> None:
+    assert not grows_linearly("reference", make)
+
+
+ROWS, WIDTH, CLASSES = 2048, 64, 16384
+LOGITS = 4 * ROWS * CLASSES
+
+
+def loss_sample() -> Sample:
+    draw = Draw(0)
+    tensors = draw.normal(ROWS, WIDTH), draw.normal(CLASSES, WIDTH)
+    return Sample("loss", (*tensors, draw.integers(0, CLASSES, ROWS)))
+
+
+@pytest.mark.parametrize("make", [forward_call, contest.both_call])
+def test_memory_of_linear_cross_entropy_is_a_twentieth_of_the_logits(make: Make) -> None:
+    """Starts to run with the native kernel: until then it is skipped with the contract's reason."""
+    skip_without_kernel("linear_cross_entropy")
+    assert extra("cpu", ops.linear_cross_entropy, make, loss_sample()) <= LOGITS / 20
+
+
+@pytest.mark.parametrize("make", [forward_call, contest.both_call])
+def test_memory_of_whole_logits_is_seen(make: Make) -> None:
+    assert extra("reference", ops.linear_cross_entropy, make, loss_sample()) > 0.9 * LOGITS
