@@ -8,6 +8,7 @@ namespace llmcore {
 Runtime runtime = {
     [](int64_t count, int64_t, Runtime::Body body, void* context) { body(0, count, context); },
     [] { return int64_t{1}; },
+    int64_t{32} << 20,
 };
 
 namespace {

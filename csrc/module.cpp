@@ -1,6 +1,8 @@
 // What is not a tensor op: the levels of this build and this machine.
 #include <pybind11/pybind11.h>
 
+#include <utility>
+
 #include "levels.h"
 
 namespace py = pybind11;
@@ -17,4 +19,7 @@ PYBIND11_MODULE(_native, m) {
         return lacks;
       },
       "Each compiled level, worst first, with the instructions this machine lacks for it (empty: it runs).");
+  m.def(
+      "set_cache_bytes", [](int64_t bytes) { return std::exchange(llmcore::runtime.cache_bytes, bytes); },
+      "Results from this size on are stored past the caches; returns what it was. For tests.");
 }

@@ -24,6 +24,7 @@ struct Runtime {
   // Calls body on disjoint ranges that cover [0, count), on several threads when count > grain.
   void (*parallel_for)(int64_t count, int64_t grain, Body body, void* context);
   int64_t (*threads)();
+  int64_t cache_bytes;  // of the last level, for all cores; a result as large as that is stored past the caches
 };
 extern Runtime runtime;
 

@@ -55,13 +55,13 @@ template <class T, class Activation>
 bool gated_forward(const GatedForward& a, const Activation& activation) {
   const T* gate = static_cast<const T*>(a.gate);
   const T* up = static_cast<const T*>(a.up);
-  T* y = static_cast<T*>(a.y);
-  const auto row = [&](int64_t width, const T* g, const T* u, T* out) {
+  const Output<T> y(a.y, a.rows * a.width, a.y == a.gate || a.y == a.up);
+  const auto row = [&](int64_t width, const T* g, const T* u, const Output<T>& out) {
     map_row(out, width, [&](vec z, vec v) __attribute__((always_inline)) { return activation.value(z) * v; }, g, u);
   };
   if (a.gate_stride == a.width && a.up_stride == a.width) {  // one long row
-    parallel_for(a.rows * a.width, GRAIN,
-                 [&](int64_t begin, int64_t end) { row(end - begin, gate + begin, up + begin, y + begin); });
+    parallel_stores(a.rows * a.width, GRAIN,
+                    [&](int64_t begin, int64_t end) { row(end - begin, gate + begin, up + begin, y + begin); });
     return true;
   }
   parallel_rows(a.rows, a.width, [&](int64_t begin, int64_t end) {
@@ -73,26 +73,19 @@ bool gated_forward(const GatedForward& a, const Activation& activation) {
 // dgate = dy * up * activation'(gate), dup = dy * activation(gate)
 template <class T, class Activation>
 bool gated_backward(const GatedBackward& a, const Activation& activation) {
-  const auto row = [&](const T* dy, const T* gate, const T* up, T* dgate, T* dup) {
-    int64_t i = 0;
-    for (; i + LANES <= a.width; i += LANES) {
-      const vec g = load(dy + i);
-      const auto [value, slope] = activation.both(load(gate + i));
-      store(dgate + i, g * load(up + i) * slope);
-      store(dup + i, g * value);
-    }
-    if (const int64_t n = a.width - i; n > 0) {
-      const vec g = load_partial(dy + i, n);
-      const auto [value, slope] = activation.both(load_partial(gate + i, n));
-      store_partial(dgate + i, g * load_partial(up + i, n) * slope, n);
-      store_partial(dup + i, g * value, n);
-    }
-  };
+  const Output<T> dgate(a.dgate, a.rows * a.width), dup(a.dup, a.rows * a.width);
+  const bool past_caches = dgate.rows_past_caches(a.width) && dup.rows_past_caches(a.width);
   parallel_rows(a.rows, a.width, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const int64_t at = r * a.width;
-      row(static_cast<const T*>(a.dy) + at, static_cast<const T*>(a.gate) + r * a.gate_stride,
-          static_cast<const T*>(a.up) + r * a.up_stride, static_cast<T*>(a.dgate) + at, static_cast<T*>(a.dup) + at);
+      const T* dy = static_cast<const T*>(a.dy) + r * a.width;
+      const T* gate = static_cast<const T*>(a.gate) + r * a.gate_stride;
+      const T* up = static_cast<const T*>(a.up) + r * a.up_stride;
+      for_vectors(a.width, [&](auto at) __attribute__((always_inline)) {
+        const vec g = at(dy);
+        const auto [value, slope] = activation.both(at(gate));
+        at.put(dgate.data + r * a.width, g * at(up) * slope, past_caches);
+        at.put(dup.data + r * a.width, g * value, past_caches);
+      });
     }
   });
   return true;

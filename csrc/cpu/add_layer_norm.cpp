@@ -15,16 +15,24 @@ bool forward(const AddLayerNormForward& a) {
   if (!weight.ok() || !bias.ok()) return false;
   const T* x = static_cast<const T*>(a.x);
   const T* residual = static_cast<const T*>(a.residual);
-  T* y = static_cast<T*>(a.y);
-  T* total = static_cast<T*>(a.total);
+  const Output<T> total(a.total, a.rows * a.width, a.total == a.x || a.total == a.residual);
+  const Output<T> y(a.y, a.rows * a.width);
+  Failure no_memory;
   parallel_rows(a.rows, a.width, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t at = r * a.width;
-      map_row(total + at, a.width, [](vec v, vec w) { return v + w; }, x + at, residual + at);
-      layer_norm_row(total + at, weight.data(), bias.data(), y + at, a.width, a.eps);
-    }
+    const Scratch kept(total.past_caches ? GROUP * a.width : 0);
+    if (!kept.ok()) return no_memory.set();
+    for_rows<GROUP>(begin, end, [&](int64_t r, auto count) {
+      const int64_t at = r * a.width, elements = count * a.width;
+      const bool more = r + 2 * count <= end;
+      T* sums = total.past_caches ? reinterpret_cast<T*>(kept.data()) : total.data + at;
+      map_row(sums, elements, [](vec v, vec w) { return v + w; }, x + at, residual + at);
+      layer_norm_rows<count>(sums, weight.data(), bias.data(), y + at, a.width, a.eps,
+                             more ? x + at + elements : nullptr);
+      const T* next = more ? residual + at + elements : nullptr;
+      if (total.past_caches) map_row_before(next, total + at, elements, [](vec v) { return v; }, sums);
+    });
   });
-  return true;
+  return !no_memory.happened();
 }
 
 }  // namespace
@@ -34,7 +42,7 @@ bool add_layer_norm_forward(const AddLayerNormForward& a) {
 }
 bool add_layer_norm_backward(const AddLayerNormBackward& a) {
   return with_dtype(a.norm.dtype, [&](auto t) {
-    return layer_norm_backward_rows(a.norm, static_cast<const decltype(t)*>(a.dtotal));
+    return layer_norm_backward_over_rows(a.norm, static_cast<const decltype(t)*>(a.dtotal));
   });
 }
 

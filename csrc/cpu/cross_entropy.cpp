@@ -11,7 +11,7 @@
 namespace llmcore::LLMCORE_LEVEL {
 namespace {
 
-constexpr int64_t BLOCK = 4096;  // elements of a row that stay in L1 between the two reads
+constexpr int64_t BLOCK = 2048;  // elements of a row that stay in L1 between the two reads, beside as many to come
 
 template <class T>
 INLINE float value_at(const T* p) {
@@ -30,9 +30,10 @@ struct RowSums {
   float centred = 0.0f;  // of x - peak, where it is wanted
 };
 
-// NaN and +inf end up in `total`, -inf counts as a 0 there; while all are -inf, sums are relative to 0.
+// `more`: another row lies behind this one, and its beginning is asked for. NaN and +inf end up in `total`, -inf counts
+// as a 0 there; while all are -inf, sums are relative to 0.
 template <class T>
-RowSums sums_of(const T* x, int64_t width, bool with_centred) {
+RowSums sums_of(const T* x, int64_t width, bool with_centred, bool more) {
   RowSums sums;
   for (int64_t begin = 0; begin < width; begin += BLOCK) {
     const int64_t count = width - begin < BLOCK ? width - begin : BLOCK;
@@ -45,16 +46,20 @@ RowSums sums_of(const T* x, int64_t width, bool with_centred) {
       sums.peak = highest;
     }
     const float shift = sums.peak == -INFINITY ? 0.0f : sums.peak;
-    sums.total += sum_over_row(count, [=](vec v) { return exp(v - shift); }, x + begin);
+    const T* next = more || begin + count < width ? x + begin + count : nullptr;
+    sums.total += sum_over_row_at(count, [=](auto at) {
+      if (next != nullptr) prefetch_vectors(next + at.i, 1);
+      return exp_not_positive(at(x + begin) - shift);
+    });
     if (with_centred) sums.centred += sum_over_row(count, [=](vec v) { return v - shift; }, x + begin);
   }
   return sums;
 }
 
 template <class T>
-float forward_row(const CrossEntropyForward& a, const T* x, int64_t target, float* statistics) {
+float forward_row(const CrossEntropyForward& a, const T* x, int64_t target, float* statistics, bool more) {
   const float e = a.label_smoothing;
-  const RowSums sums = sums_of(x, a.classes, e > 0.0f);
+  const RowSums sums = sums_of(x, a.classes, e > 0.0f, more);
   const float log_total = std::log(sums.total);
   statistics[0] = sums.peak;
   statistics[1] = log_total;
@@ -74,7 +79,7 @@ bool forward(const CrossEntropyForward& a) {
       if (a.target[r] == a.ignore_index) {
         losses.data()[r] = statistics[0] = statistics[1] = 0.0f;
       } else {
-        losses.data()[r] = forward_row(a, logits + r * a.classes, a.target[r], statistics);
+        losses.data()[r] = forward_row(a, logits + r * a.classes, a.target[r], statistics, r + 1 < end);
       }
     }
   });
@@ -94,27 +99,28 @@ bool forward(const CrossEntropyForward& a) {
 // With p the softmax: dlogits = dloss * (p - (1 - e) * [v = target] - e / V).
 template <class T>
 void backward_row(const CrossEntropyBackward& a, float dloss, const T* x, int64_t target, const float* statistics,
-                  T* dx) {
+                  const Output<T>& dx) {
   const float peak = statistics[0], log_total = statistics[1];
   const float even = a.label_smoothing / float(a.classes), hot = 1.0f - a.label_smoothing;
-  const auto p = [=](vec v) { return exp((v - peak) - log_total); };
+  const auto p = [=](vec v) { return exp_not_positive((v - peak) - log_total); };
   map_row(dx, a.classes, [=](vec v) { return (p(v) - even) * dloss; }, x);
-  store_partial(dx + target, (p(load_partial(x + target, 1)) - even - hot) * dloss, 1);
+  if (dx.past_caches) order_stores();
+  store_partial(dx.data + target, (p(load_partial(x + target, 1)) - even - hot) * dloss, 1);
 }
 
 template <class T>
 bool backward(const CrossEntropyBackward& a) {
   const T* logits = static_cast<const T*>(a.logits);
   const T* dloss = static_cast<const T*>(a.dloss);
-  T* dlogits = static_cast<T*>(a.dlogits);
+  const Output<T> dlogits(a.dlogits, a.rows * a.classes);
   const bool each = a.reduction == Reduction::none;
   float shared = each ? 0.0f : value_at(dloss);
   if (a.reduction == Reduction::mean) shared /= float(counted_rows(a.target, a.rows, a.ignore_index));
   parallel_rows(a.rows, a.classes, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      T* dx = dlogits + r * a.classes;
+      const Output<T> dx = dlogits + r * a.classes;
       if (a.target[r] == a.ignore_index) {
-        std::memset(static_cast<void*>(dx), 0, size_t(a.classes) * sizeof(T));
+        std::memset(static_cast<void*>(dx.data), 0, size_t(a.classes) * sizeof(T));
       } else {
         const float d = each ? value_at(dloss + r) : shared;
         backward_row(a, d, logits + r * a.classes, a.target[r], a.statistics + 2 * r, dx);

@@ -10,8 +10,8 @@ namespace {
 template <class T, class Activation>
 bool forward(const GeluForward& a, const Activation& activation) {
   const T* x = static_cast<const T*>(a.x);
-  T* y = static_cast<T*>(a.y);
-  parallel_for(a.count, GRAIN, [&](int64_t begin, int64_t end) {
+  const Output<T> y(a.y, a.count, a.y == a.x);
+  parallel_stores(a.count, GRAIN, [&](int64_t begin, int64_t end) {
     const auto value = [&](vec v) __attribute__((always_inline)) { return activation.value(v); };
     map_row(y + begin, end - begin, value, x + begin);
   });
@@ -22,8 +22,8 @@ template <class T, class Activation>
 bool backward(const GeluBackward& a, const Activation& activation) {
   const T* dy = static_cast<const T*>(a.dy);
   const T* x = static_cast<const T*>(a.x);
-  T* dx = static_cast<T*>(a.dx);
-  parallel_for(a.count, GRAIN, [&](int64_t begin, int64_t end) {
+  const Output<T> dx(a.dx, a.count);
+  parallel_stores(a.count, GRAIN, [&](int64_t begin, int64_t end) {
     const auto gradient = [&](vec g, vec v) __attribute__((always_inline)) { return g * activation.both(v).slope; };
     map_row(dx + begin, end - begin, gradient, dy + begin, x + begin);
   });

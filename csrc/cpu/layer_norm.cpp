@@ -14,11 +14,13 @@ bool forward(const LayerNormForward& a) {
   const RowParameter weight(a.weight, a.weight_dtype, a.width, 1.0f), bias(a.bias, a.bias_dtype, a.width, 0.0f);
   if (!weight.ok() || !bias.ok()) return false;
   const T* x = static_cast<const T*>(a.x);
-  T* y = static_cast<T*>(a.y);
+  const Output<T> y(a.y, a.rows * a.width, a.y == a.x);
   parallel_rows(a.rows, a.width, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      layer_norm_row(x + r * a.width, weight.data(), bias.data(), y + r * a.width, a.width, a.eps);
-    }
+    for_rows<GROUP>(begin, end, [&](int64_t r, auto count) {
+      const int64_t at = r * a.width;
+      const T* next = r + 2 * count <= end ? x + at + count * a.width : nullptr;
+      layer_norm_rows<count>(x + at, weight.data(), bias.data(), y + at, a.width, a.eps, next);
+    });
   });
   return true;
 }
@@ -29,7 +31,7 @@ bool layer_norm_forward(const LayerNormForward& a) {
   return with_dtype(a.dtype, [&](auto t) { return forward<decltype(t)>(a); });
 }
 bool layer_norm_backward(const LayerNormBackward& a) {
-  return with_dtype(a.dtype, [&](auto t) { return layer_norm_backward_rows<decltype(t)>(a, nullptr); });
+  return with_dtype(a.dtype, [&](auto t) { return layer_norm_backward_over_rows<decltype(t)>(a, nullptr); });
 }
 
 }  // namespace llmcore::LLMCORE_LEVEL

@@ -4,8 +4,7 @@
 //
 // Forward moves 2 elements (and the mask) and does about 22 operations per seen element, mostly exp; backward moves 3
 // and does 5: both are bound by memory in float32, forward by exp in the half types.
-#include "parallel.h"
-#include "row.h"
+#include "softmax.h"
 
 namespace llmcore::LLMCORE_LEVEL {
 namespace {
@@ -92,22 +91,21 @@ void masked_scores(const MaskedSoftmaxForward& a, int64_t r, const T* x, int64_t
 
 // y = softmax of `count` scores, zeros behind them. A sum of 0 is a row that sees nothing, or only -inf.
 template <class T>
-void forward_row(float* scores, T* y, int64_t count, int64_t width) {
+void forward_row(float* scores, const Output<T>& y, int64_t count, int64_t width, const T* next) {
   const float highest = max_over_row(count, scores);
-  const float shift = highest == -INFINITY ? 0.0f : highest;
-  map_row(scores, count, [=](vec v) { return exp(v - shift); }, scores);
-  const float total = sum_over_row(count, [](vec e) { return e; }, scores);
+  const float total = exponentials_of(scores, scores, count, highest == -INFINITY ? 0.0f : highest);
   const float scale = total == 0.0f ? 0.0f : 1.0f / total;
-  map_row(y, count, [=](vec e) { return e * scale; }, scores);
   const float behind = total == total ? 0.0f : total;  // a NaN makes the row NaN
-  map_row(y + count, width - count, [=] { return broadcast(behind); });
+  map_row(scores, count, [=](vec e) { return e * scale; }, scores);
+  map_row(scores + count, width - count, [=] { return broadcast(behind); });
+  map_row_before(next, y, width, [](vec p) { return p; }, scores);
 }
 
 template <class T>
 bool forward(const MaskedSoftmaxForward& a) {
   const int64_t S = a.sizes[a.axes - 1], rows_of_scores = a.axes < 2 ? 1 : a.sizes[a.axes - 2];
   const T* x = static_cast<const T*>(a.x);
-  T* y = static_cast<T*>(a.y);
+  const Output<T> y(a.y, a.rows * S, a.y == a.x);
   Failure no_memory;
   parallel_rows(a.rows, S, [&](int64_t begin, int64_t end) {
     const Scratch scores(2 * S);
@@ -115,7 +113,8 @@ bool forward(const MaskedSoftmaxForward& a) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t count = seen_elements(a.causal, r, rows_of_scores, S);
       masked_scores(a, r, x + r * S, count, scores.data(), scores.data() + S);
-      forward_row(scores.data(), y + r * S, count, S);
+      const T* next = r + 1 < end ? x + (r + 1) * S : nullptr;
+      forward_row(scores.data(), y + r * S, count, S, next);
     }
   });
   return !no_memory.happened();
@@ -125,12 +124,11 @@ template <class T>
 bool backward(const MaskedSoftmaxBackward& a) {
   const T* dy = static_cast<const T*>(a.dy);
   const T* y = static_cast<const T*>(a.y);
-  T* dx = static_cast<T*>(a.dx);
+  const Output<T> dx(a.dx, a.rows * a.S);
   parallel_rows(a.rows, a.S, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t count = seen_elements(a.causal, r, a.T, a.S), at = r * a.S;
-      const float dot = sum_over_row(count, [](vec g, vec p) { return g * p; }, dy + at, y + at), scale = a.scale;
-      map_row(dx + at, count, [=](vec g, vec p) { return p * (g - dot) * scale; }, dy + at, y + at);
+      softmax_backward_row(dy + at, y + at, dx + at, count, a.scale, false);
       map_row(dx + at + count, a.S - count, [] { return vec{}; });
     }
   });

@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "../ops.h"
+#include "vec.h"
 
 namespace llmcore::LLMCORE_LEVEL {
 namespace {
@@ -19,11 +20,20 @@ void parallel_for(int64_t count, int64_t grain, const F& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
+// The same for bodies that may store past the caches: who reads a result then finds it there.
+template <class F>
+void parallel_stores(int64_t count, int64_t grain, const F& body) {
+  parallel_for(count, grain, [&](int64_t begin, int64_t end) {
+    body(begin, end);
+    order_stores();
+  });
+}
+
 // Rows of `width` elements over threads: below about 32k elements a second thread costs more than it saves.
 template <class F>
 void parallel_rows(int64_t rows, int64_t width, const F& body) {
   const int64_t grain = 32768 / (width + 1) + 1;
-  parallel_for(rows, grain, body);
+  parallel_stores(rows, grain, body);
 }
 
 // 64-byte aligned memory for one call, freed with it. `ok()` is false when there was none.

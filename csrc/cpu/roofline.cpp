@@ -72,7 +72,7 @@ void copy_range(const float* x, float* y, const Range& range) {
     }
   }
   for (int64_t i = range.whole; i < range.end; ++i) y[i] = x[i];
-  if (PAST_CACHES) __atomic_thread_fence(__ATOMIC_SEQ_CST);  // such stores are not ordered by themselves
+  if (PAST_CACHES) order_stores();
 }
 
 }  // namespace

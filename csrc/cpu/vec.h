@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -15,6 +15,8 @@ namespace llmcore::LLMCORE_LEVEL {
 // Internal linkage for all of it: an inline function that the linker merges across levels would run one level's
 // instructions on another level's machine.
 namespace {
+
+constexpr int64_t CACHE_LINE = 64;
 
 #define INLINE [[gnu::always_inline]] inline
 
@@ -37,6 +39,7 @@ using vec = vector_of<float, LANES>::type;
 using ivec = vector_of<int32_t, LANES>::type;
 using uvec = vector_of<uint32_t, LANES>::type;
 using hvec = vector_of<uint16_t, LANES>::type;
+using hpair = vector_of<uint16_t, 2 * LANES>::type;
 
 struct bfloat16 {
   uint16_t bits;
@@ -48,6 +51,13 @@ struct float16 {
 template <class To, class From>
 INLINE To bits_of(From from) {
   return __builtin_bit_cast(To, from);
+}
+
+INLINE hpair joined(hvec low, hvec high) {
+  struct Halves {
+    hvec low, high;
+  };
+  return bits_of<hpair>(Halves{low, high});
 }
 
 INLINE vec broadcast(float x) { return x - vec{}; }  // x - 0 is x for -0 too, and is folded away
@@ -105,11 +115,28 @@ INLINE float max_lanes(vec v) {
 
 INLINE vec from_bits(hvec h, bfloat16) { return bits_of<vec>(__builtin_convertvector(h, uvec) << 16); }
 
-INLINE hvec to_bits(vec v, bfloat16) {
+#if defined(__AVX512F__)
+INLINE bool has_subnormals(vec v) { return _mm512_fpclass_ps_mask(__m512(v), 0x20) != 0; }
+#endif
+
+// The bits of a bfloat16 in each lane's upper half: to nearest, ties to even; a NaN is made quiet. The lower half is
+// anything.
+INLINE uvec bfloat16_above(vec v) {
   const uvec u = bits_of<uvec>(v);
-  const uvec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  const uvec quiet_nan = (u >> 16) | 0x40u;
-  return __builtin_convertvector(v == v ? rounded : quiet_nan, hvec);
+  const uvec rounded = u + 0x7fffu + ((u >> 16) & 1u);
+#if defined(__AVX512F__)
+  const __mmask16 nan = _mm512_cmp_ps_mask(__m512(v), __m512(v), _CMP_UNORD_Q);
+  return uvec(_mm512_mask_or_epi32(__m512i(rounded), nan, __m512i(u), _mm512_set1_epi32(0x400000)));
+#else
+  return v == v ? rounded : u | 0x400000u;
+#endif
+}
+
+INLINE hvec to_bits(vec v, bfloat16) {
+#if defined(__AVX512BF16__)
+  if (!has_subnormals(v)) return hvec(_mm512_cvtneps_pbh(__m512(v)));  // which takes them for 0
+#endif
+  return __builtin_convertvector(bfloat16_above(v) >> 16, hvec);
 }
 
 INLINE vec from_bits(hvec h, float16) {
@@ -147,6 +174,25 @@ INLINE hvec to_bits(vec v, float16) {
 #endif
 }
 
+// The bits of 2 * LANES values at once, which costs less than twice those of LANES.
+INLINE hpair to_bits(vec a, vec b, bfloat16) {
+#if defined(__AVX512BF16__)
+  if (!has_subnormals(a) && !has_subnormals(b)) return hpair(_mm512_cvtne2ps_pbh(__m512(b), __m512(a)));
+#endif
+  const uvec low = bfloat16_above(a), high = bfloat16_above(b);
+#if defined(__AVX512F__)
+  hpair upper_halves;
+  for (int i = 0; i < 2 * LANES; ++i) upper_halves[i] = uint16_t(2 * i + 1);
+  return hpair(_mm512_permutex2var_epi16(__m512i(low), __m512i(upper_halves), __m512i(high)));
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32(__m256i(low >> 16), __m256i(high >> 16));
+  return hpair(_mm256_permute4x64_epi64(packed, 0xd8));  // packed by 128 bits: a, b, a, b
+#else
+  return joined(__builtin_convertvector(low >> 16, hvec), __builtin_convertvector(high >> 16, hvec));
+#endif
+}
+INLINE hpair to_bits(vec a, vec b, float16) { return joined(to_bits(a, float16{}), to_bits(b, float16{})); }
+
 template <class T>
 INLINE vec load(const T* p) {
   if constexpr (sizeof(T) == 4) {
@@ -169,16 +215,52 @@ INLINE void store(T* p, vec v) {
   }
 }
 
-// A store that leaves the caches alone; `p` is aligned to a vector. Such stores are ordered by a fence only.
-INLINE void store_past_caches(float* p, vec v) {
+// 2 * LANES values.
+template <class T>
+INLINE void store(T* p, vec a, vec b) {
+  if constexpr (sizeof(T) == 4) {
+    store(p, a);
+    store(p + LANES, b);
+  } else {
+    const hpair h = to_bits(a, b, T{});
+    std::memcpy(p, &h, sizeof h);
+  }
+}
+
+// A store that leaves the caches alone; `p` is aligned to what is stored. Such stores are ordered by order_stores only.
+template <class Vector>
+INLINE void bits_past_caches(void* p, Vector v) {
 #if defined(__AVX512F__)
-  _mm512_stream_ps(p, __m512(v));
-#elif defined(__AVX2__)
-  _mm256_stream_ps(p, __m256(v));
-#elif defined(__SSE__)
-  __builtin_ia32_movntps(p, v);
-#else
-  store(p, v);
+  if constexpr (sizeof v == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), __m512i(v));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof v == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), __m256i(v));
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof v == 16) return _mm_stream_si128(static_cast<__m128i*>(p), __m128i(v));
+#endif
+  std::memcpy(p, &v, sizeof v);
+}
+template <class T>
+INLINE void store_past_caches(T* p, vec v) {
+  if constexpr (sizeof(T) == 4) {
+    bits_past_caches(p, v);
+  } else {
+    bits_past_caches(p, to_bits(v, T{}));
+  }
+}
+template <class T>
+INLINE void store_past_caches(T* p, vec a, vec b) {
+  if constexpr (sizeof(T) == 4) {
+    bits_past_caches(p, a);
+    bits_past_caches(p + LANES, b);
+  } else {
+    bits_past_caches(p, to_bits(a, b, T{}));
+  }
+}
+INLINE void order_stores() {
+#if defined(__SSE2__)
+  _mm_sfence();
 #endif
 }
 
@@ -290,18 +372,33 @@ INLINE vec exp(vec x) {
   return scale_by_power(p, n, x < -87.3365447f);
 }
 
-// 2^x for x <= 127, relative error below 3 ulp; 2^-inf = 0, NaN goes through, results under 2^-126 may be 0.
-INLINE vec exp2(vec x) {
-  const vec clamped = max(broadcast(-150.0f), x);  // NaN passes: it is the second operand
-  const vec n = round(clamped);
-  const vec f = clamped - n;
+// 2^f for |f| <= 1/2, relative error below 3 ulp.
+INLINE vec exp2_polynomial(vec f) {
   vec p = broadcast(1.32646999e-3f);
   p = fma(p, f, broadcast(9.6715339e-3f));
   p = fma(p, f, broadcast(5.550734e-2f));
   p = fma(p, f, broadcast(0.240222418f));
   p = fma(p, f, broadcast(0.693146977f));
-  p = fma(p, f, broadcast(1.0f));
-  return scale_by_power(p, n, x < -126.0f);
+  return fma(p, f, broadcast(1.0f));
+}
+
+// 2^x for x <= 127, relative error below 3 ulp; 2^-inf = 0, NaN goes through, results under 2^-126 may be 0.
+INLINE vec exp2(vec x) {
+  const vec clamped = max(broadcast(-150.0f), x);  // NaN passes: it is the second operand
+  const vec n = round(clamped);
+  return scale_by_power(exp2_polynomial(clamped - n), n, x < -126.0f);
+}
+
+// exp for x <= 0 (a difference to a maximum), cheaper by the care that larger x take: relative error below 3 ulp for
+// x > -8 and growing to 1.4e-6 at -87; exp(-inf) = 0, NaN goes through, results under 2^-126 may be 0.
+INLINE vec exp_not_positive(vec x) {
+#if !defined(__AVX2__)
+  return exp(x);  // a product that is rounded before the difference would lose bits
+#endif
+  const vec clamped = max(broadcast(-104.0f), x);  // NaN passes: it is the second operand
+  const vec n = round(clamped * 1.44269504f);
+  const vec f = fma(clamped, broadcast(1.44269504f), -n);
+  return scale_by_power(exp2_polynomial(f), n, x < -87.3365447f);
 }
 
 constexpr float TANH_SERIES[6] = {-0.333333304f, 0.13333187f,     -0.0539440281f,

@@ -22,13 +22,8 @@ Reduction reduction_of(int64_t code) {
 
 // A fresh loss: a scalar, or target's shape without reduction.
 Tensor fresh_loss(const Tensor& target, ScalarType type, Reduction reduction) {
-  AtenTensorHandle handle;
-  const auto sizes = target.sizes(), strides = target.strides();
   const int64_t axes = reduction == Reduction::none ? target.dim() : 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      axes, sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return fresh(axes, target.sizes().data(), target.strides().data(), code_of(type));
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_forward(int64_t level, const Tensor& logits, const Tensor& target,
