@@ -27,7 +27,8 @@ LEVELS: dict[str, list[str]] = {"portable": []} | (
     {
         "avx2": AVX2,
         "avx512": AVX512,
-        "avx512_bf16": [*AVX512, "-mavx512bf16"],
+        # Every CPU with the former has the latter.
+        "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
     }
     if X86
     else {}

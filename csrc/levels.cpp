@@ -29,7 +29,7 @@ std::string lacking(const std::string& level) {
   if (level == "avx2") return lacks;
   lacks = lacks + LACKS("avx512f") + LACKS("avx512bw") + LACKS("avx512dq") + LACKS("avx512vl");
   if (level == "avx512") return lacks;
-  return lacks + LACKS("avx512bf16");
+  return lacks + LACKS("avx512bf16") + LACKS("avx512vnni");
 }
 #undef LACKS
 #else

@@ -328,49 +328,70 @@ struct RooflineCopy {
   bool past_caches;
 };
 
-// y = x weight^T + bias. x (M, K), y (M, N), contiguous; weight (N, K), or (N, K / 2) bytes for int4; bias (N) or null.
-// int8 and int4 have a bfloat16 scale for each `group` (a power of 2, at least 16) along K: scales (N, K / group).
-enum class WeightFormat : int32_t { float32, bfloat16, float16, int8, int4 };
+// y = x weight^T + bias. x (M, K), y (M, N), weight (N, K), contiguous; bias (N) or null.
+enum class WeightFormat : int32_t { float32, bfloat16, float16 };
 struct LinearForward {
   const void* x;
   const void* weight;
-  const void* scales;
   const void* bias;
   void* y;
-  int64_t M, N, K, group;
+  int64_t M, N, K;
   Dtype dtype, bias_dtype;
   WeightFormat format;
 };
 
+// y = x weight^T + bias with the weight in int8 or int4 and x (M, K) rounded to int8, row by row and group by group;
+// the contract, llmcore/ops/linear.py, says how. y (M, N), bias (N) or null; K is a multiple of the group, a power of 2
+// of at least 16.
+//
+// The weight lies in panels of 16 outputs, the last one padded. In a panel the 16 outputs' bytes for each four
+// neighbours along K are side by side: values (N / 16, K / 4, 16, 4), 128 more than they stand for in int8. In int4
+// such a block of 64 bytes holds eight neighbours, the first four in the low halves, the second four in the high ones:
+// values (N / 16, K / 8, 16, 4). scales and minimums: float16 (N / 16, K / group, 16). A weight is scale * q + minimum;
+// without minimums (null) it is scale * q in int8, scale * (q - 8) in int4.
+enum class QuantizedFormat : int32_t { int8, int4 };
+struct LinearQuantizedForward {
+  const void* x;
+  const uint8_t* values;
+  const void* scales;
+  const void* minimums;
+  const void* bias;
+  void* y;
+  int64_t M, N, K, group;
+  Dtype dtype, bias_dtype;
+  QuantizedFormat format;
+};
+
 // The bodies of one level. Each returns false when scratch memory could not be had, true otherwise.
-#define LLMCORE_KERNELS(X)                          \
-  X(rms_norm_forward, RmsNormForward)               \
-  X(rms_norm_backward, RmsNormBackward)             \
-  X(layer_norm_forward, LayerNormForward)           \
-  X(layer_norm_backward, LayerNormBackward)         \
-  X(add_rms_norm_forward, AddRmsNormForward)        \
-  X(add_rms_norm_backward, AddRmsNormBackward)      \
-  X(add_layer_norm_forward, AddLayerNormForward)    \
-  X(add_layer_norm_backward, AddLayerNormBackward)  \
-  X(softmax_forward, SoftmaxForward)                \
-  X(softmax_backward, SoftmaxBackward)              \
-  X(gelu_forward, GeluForward)                      \
-  X(gelu_backward, GeluBackward)                    \
-  X(geglu_forward, GatedForward)                    \
-  X(geglu_backward, GatedBackward)                  \
-  X(swiglu_forward, GatedForward)                   \
-  X(swiglu_backward, GatedBackward)                 \
-  X(linear_forward, LinearForward)                  \
-  X(rope, Rope)                                     \
-  X(masked_softmax_forward, MaskedSoftmaxForward)   \
-  X(masked_softmax_backward, MaskedSoftmaxBackward) \
-  X(cross_entropy_forward, CrossEntropyForward)     \
-  X(cross_entropy_backward, CrossEntropyBackward)   \
-  X(attention_forward, AttentionForward)            \
-  X(attention_backward, AttentionBackward)          \
-  X(roofline_fma, RooflineChains)                   \
-  X(roofline_bf16_pairs, RooflineChains)            \
-  X(roofline_read, RooflineRead)                    \
+#define LLMCORE_KERNELS(X)                            \
+  X(rms_norm_forward, RmsNormForward)                 \
+  X(rms_norm_backward, RmsNormBackward)               \
+  X(layer_norm_forward, LayerNormForward)             \
+  X(layer_norm_backward, LayerNormBackward)           \
+  X(add_rms_norm_forward, AddRmsNormForward)          \
+  X(add_rms_norm_backward, AddRmsNormBackward)        \
+  X(add_layer_norm_forward, AddLayerNormForward)      \
+  X(add_layer_norm_backward, AddLayerNormBackward)    \
+  X(softmax_forward, SoftmaxForward)                  \
+  X(softmax_backward, SoftmaxBackward)                \
+  X(gelu_forward, GeluForward)                        \
+  X(gelu_backward, GeluBackward)                      \
+  X(geglu_forward, GatedForward)                      \
+  X(geglu_backward, GatedBackward)                    \
+  X(swiglu_forward, GatedForward)                     \
+  X(swiglu_backward, GatedBackward)                   \
+  X(linear_forward, LinearForward)                    \
+  X(linear_quantized_forward, LinearQuantizedForward) \
+  X(rope, Rope)                                       \
+  X(masked_softmax_forward, MaskedSoftmaxForward)     \
+  X(masked_softmax_backward, MaskedSoftmaxBackward)   \
+  X(cross_entropy_forward, CrossEntropyForward)       \
+  X(cross_entropy_backward, CrossEntropyBackward)     \
+  X(attention_forward, AttentionForward)              \
+  X(attention_backward, AttentionBackward)            \
+  X(roofline_fma, RooflineChains)                     \
+  X(roofline_bf16_pairs, RooflineChains)              \
+  X(roofline_read, RooflineRead)                      \
   X(roofline_copy, RooflineCopy)
 
 struct Kernels {

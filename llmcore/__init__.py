@@ -6,7 +6,7 @@
 from llmcore import models, ops, text
 from llmcore.dispatch import backends, explain, use
 from llmcore.generate import generate, stream
-from llmcore.ops.linear import PackedWeight, pack
+from llmcore.ops.packed_weight import PackedWeight, pack
 from llmcore.verify import verify
 
 __version__ = "0.1.0"

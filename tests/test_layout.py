@@ -70,7 +70,8 @@ def test_layout_no_stray_kernels() -> None:
     known = set(REGISTRY)
     for folder, pattern in (("kernels", "*.py"), ("csrc/register", "*.cpp")):
         for path in (ROOT / folder).glob(pattern):
-            shared = path.stem in ("runtime", "roofline")
+            # linear_quantized is linear with weights of another kind.
+            shared = path.stem in ("runtime", "roofline", "linear_quantized")
             assert shared or path.stem in known, f"{path.name} belongs to no op"
     assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow Hugging Face's kernels"
 
@@ -112,9 +113,9 @@ def test_layout_kernels_know_nothing_above() -> None:
 
 
 def test_layout_bodies_name_no_instruction_set() -> None:
-    """Only vec.h knows registers and instructions; gemm_tile.h asks for the number of registers."""
+    """Only vec.h and quad_products.h know instructions; gemm_tile.h the number of registers."""
     for path in (ROOT / "csrc/cpu").iterdir():
-        if path.name in ("vec.h", "gemm_tile.h"):
+        if path.name in ("vec.h", "quad_products.h", "gemm_tile.h"):
             continue
         found = re.search(r"__AVX|__SSE|_mm\d*_|__m\d{3}|\bavx", path.read_text())
         assert not found, f"{path.name}: {found and found.group()}"

@@ -20,6 +20,8 @@ from llmcore.dispatch import REGISTRY, Candidate, Op
 from llmcore.ops import contract
 from llmcore.ops.attention_definition import Extra, Options
 from llmcore.ops.cross_entropy import LossOptions
+from llmcore.ops.linear import rounded_to_int8
+from llmcore.ops.packed_weight import PackedWeight
 from llmcore.ops.sample import Draw, Sample
 from llmcore.verify import (
     Line,
@@ -398,9 +400,12 @@ def honest_softmax(x: Any, dim: int) -> Any:
 
 def honest_linear(x: Any, weight: Any, bias: Any) -> Any:
     """Blocks along K, added up in float32."""
-    full = weight.float() if isinstance(weight, torch.Tensor) else weight.dequantize()
+    wide, full = x.float(), weight
+    if isinstance(weight, PackedWeight):
+        full = weight.dequantize()
+        wide = rounded_to_int8(wide, weight.group) if weight.group else wide
     total = torch.zeros(*x.shape[:-1], full.shape[0])
-    for part, columns in zip(x.float().split(24, -1), full.split(24, -1), strict=True):
+    for part, columns in zip(wide.split(24, -1), full.float().split(24, -1), strict=True):
         total = total + part @ columns.T
     return (total if bias is None else total + bias.float()).to(x.dtype)
 

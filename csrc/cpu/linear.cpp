@@ -27,45 +27,6 @@ struct PlainRows {
   INLINE vec partial(int64_t n, int64_t k, int64_t count) const { return load_partial(data + n * K + k, count); }
 };
 
-// Integers in groups of 2^shift along K, each with a bfloat16 scale; K is a multiple of the group, and that of LANES.
-struct Scales {
-  const bfloat16* data;
-  int64_t groups;
-  int shift;
-  INLINE vec of(int64_t n, int64_t k) const {
-    return broadcast(bits_of<float>(uint32_t(data[n * groups + (k >> shift)].bits) << 16));
-  }
-};
-using bytes = vector_of<uint8_t, LANES>::type;
-
-struct Int8Rows {
-  const int8_t* data;
-  int64_t K;
-  Scales scales;
-  INLINE vec whole(int64_t n, int64_t k) const {
-    vector_of<int8_t, LANES>::type q;
-    std::memcpy(&q, data + n * K + k, sizeof q);
-    return __builtin_convertvector(__builtin_convertvector(q, ivec), vec) * scales.of(n, k);
-  }
-  INLINE vec partial(int64_t, int64_t, int64_t) const { return vec{}; }
-};
-
-// Two to a byte, the even k in the low half, 8 more than they stand for.
-struct Int4Rows {
-  const uint8_t* data;
-  int64_t K;
-  Scales scales;
-  INLINE vec whole(int64_t n, int64_t k) const {
-    vector_of<uint8_t, LANES / 2>::type packed;
-    std::memcpy(&packed, data + (n * K + k) / 2, sizeof packed);
-    using pairs = vector_of<uint16_t, LANES / 2>::type;
-    const pairs wide = __builtin_convertvector(packed, pairs);
-    const bytes q = bits_of<bytes>((wide | wide << 4) & 0x0f0f);
-    return __builtin_convertvector(__builtin_convertvector(q, ivec) - 8, vec) * scales.of(n, k);
-  }
-  INLINE vec partial(int64_t, int64_t, int64_t) const { return vec{}; }
-};
-
 struct KRange {
   int64_t begin, end;
 };
@@ -185,17 +146,11 @@ bool forward(const LinearForward& a, const Weight& w) {
 
 template <class T>
 bool forward(const LinearForward& a) {
-  const Scales scales{static_cast<const bfloat16*>(a.scales), a.group > 0 ? a.K / a.group : 0,
-                      __builtin_ctzll(uint64_t(a.group | 1LL << 62))};
   switch (a.format) {
     case WeightFormat::bfloat16:
       return forward<T>(a, PlainRows<bfloat16>{static_cast<const bfloat16*>(a.weight), a.K});
     case WeightFormat::float16:
       return forward<T>(a, PlainRows<float16>{static_cast<const float16*>(a.weight), a.K});
-    case WeightFormat::int8:
-      return forward<T>(a, Int8Rows{static_cast<const int8_t*>(a.weight), a.K, scales});
-    case WeightFormat::int4:
-      return forward<T>(a, Int4Rows{static_cast<const uint8_t*>(a.weight), a.K, scales});
     default:
       return forward<T>(a, PlainRows<float>{static_cast<const float*>(a.weight), a.K});
   }

@@ -113,6 +113,24 @@ INLINE float max_lanes(vec v) {
   return fold_lanes<LANES>(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
+// Integers: lanes meet those DISTANCE away, half as far each time, until every lane holds the whole.
+template <int DISTANCE, class Fold>
+INLINE ivec fold_all_lanes(ivec v, Fold fold) {
+  if constexpr (DISTANCE == 0) {
+    return v;
+  } else {
+    ivec other;
+    for (int i = 0; i < LANES; ++i) other[i] = i ^ DISTANCE;
+    return fold_all_lanes<DISTANCE / 2>(fold(v, __builtin_shuffle(v, other)), fold);
+  }
+}
+INLINE int32_t sum_lanes(ivec v) {
+  return fold_all_lanes<LANES / 2>(v, [](ivec a, ivec b) __attribute__((always_inline)) { return a + b; })[0];
+}
+INLINE int32_t max_lanes(ivec v) {
+  return fold_all_lanes<LANES / 2>(v, [](ivec a, ivec b) __attribute__((always_inline)) { return a > b ? a : b; })[0];
+}
+
 INLINE vec from_bits(hvec h, bfloat16) { return bits_of<vec>(__builtin_convertvector(h, uvec) << 16); }
 
 #if defined(__AVX512F__)

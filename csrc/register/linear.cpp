@@ -11,23 +11,17 @@ WeightFormat format_of(const Tensor& weight) {
       return WeightFormat::bfloat16;
     case ScalarType::Half:
       return WeightFormat::float16;
-    case ScalarType::Char:
-      return WeightFormat::int8;
-    case ScalarType::Byte:
-      return WeightFormat::int4;
     default:
-      STD_TORCH_CHECK(false, "weight: expected float32, bfloat16, float16, int8 or uint8 (two int4)");
+      STD_TORCH_CHECK(false, "weight: expected float32, bfloat16 or float16");
   }
 }
 
-void linear_forward_into(int64_t level, const Tensor& input, const Tensor& weight, const OptionalTensor& scales,
-                         const OptionalTensor& bias, int64_t group, const Tensor& out) {
+void linear_forward_into(int64_t level, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                         const Tensor& out) {
   STD_TORCH_CHECK(weight.dim() == 2, "weight: expected 2 axes");
   const Tensor values = as_contiguous(weight);
-  const WeightFormat format = format_of(values);
-  const bool packed = format == WeightFormat::int8 || format == WeightFormat::int4;
   LinearForward a{};
-  a.N = values.size(0), a.K = values.size(1) * (format == WeightFormat::int4 ? 2 : 1), a.group = packed ? group : 0;
+  a.N = values.size(0), a.K = values.size(1);
   STD_TORCH_CHECK(input.dim() >= 1 && input.size(input.dim() - 1) == a.K, "x: expected a last axis of ", a.K);
   STD_TORCH_CHECK(out.is_contiguous() && out.scalar_type() == input.scalar_type(),
                   "out: expected a contiguous tensor of x's dtype");
@@ -37,45 +31,32 @@ void linear_forward_into(int64_t level, const Tensor& input, const Tensor& weigh
     STD_TORCH_CHECK(out.size(i) == input.size(i), "out: expected the leading axes of x");
     a.M *= input.size(i);
   }
-  OptionalTensor steps;
-  if (packed) {
-    STD_TORCH_CHECK(group >= 16 && (group & (group - 1)) == 0 && a.K % group == 0,
-                    "group: expected a power of 2 of at least 16 that divides K");
-    STD_TORCH_CHECK(scales.has_value() && scales->dim() == 2 && scales->size(0) == a.N &&
-                        scales->size(1) == a.K / group && scales->scalar_type() == ScalarType::BFloat16,
-                    "scales: expected bfloat16 of shape (N, K / group)");
-    steps = as_contiguous(*scales);
-    a.scales = steps->const_data_ptr();
-  }
   const Parameter b(bias, a.N, "bias");
   a.x = input.const_data_ptr(), a.weight = values.const_data_ptr(), a.bias = b.data, a.y = out.mutable_data_ptr();
-  a.dtype = dtype_of(input, "x"), a.bias_dtype = b.dtype, a.format = format;
+  a.dtype = dtype_of(input, "x"), a.bias_dtype = b.dtype, a.format = format_of(values);
   check_scratch(kernels_of(level).linear_forward(a));
 }
 
-void linear_forward_out(int64_t level, const Tensor& x, const Tensor& weight, const OptionalTensor& scales,
-                        const OptionalTensor& bias, int64_t group, const Tensor& out) {
-  linear_forward_into(level, as_contiguous(x), weight, scales, bias, group, out);
+void linear_forward_out(int64_t level, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                        const Tensor& out) {
+  linear_forward_into(level, as_contiguous(x), weight, bias, out);
 }
 
-Tensor linear_forward(int64_t level, const Tensor& x, const Tensor& weight, const OptionalTensor& scales,
-                      const OptionalTensor& bias, int64_t group) {
+Tensor linear_forward(int64_t level, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   const Tensor input = as_contiguous(x);
   STD_TORCH_CHECK(weight.dim() == 2 && input.dim() >= 1, "weight: expected 2 axes, x at least 1");
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
   sizes.back() = weight.size(0);
   const Tensor out = fresh(sizes, input.scalar_type());
-  linear_forward_into(level, input, weight, scales, bias, group, out);
+  linear_forward_into(level, input, weight, bias, out);
   return out;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmcore, m) {
-  m.def("linear_forward(int level, Tensor x, Tensor weight, Tensor? scales, Tensor? bias, int group) -> Tensor");
-  m.def(
-      "linear_forward_out(int level, Tensor x, Tensor weight, Tensor? scales, Tensor? bias, int group,"
-      " Tensor(a!) out) -> ()");
+  m.def("linear_forward(int level, Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("linear_forward_out(int level, Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) {
   m.impl("linear_forward", TORCH_BOX(&linear_forward));

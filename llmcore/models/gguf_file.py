@@ -1,4 +1,4 @@
-"""Reading a .gguf file: its fields, its weights as float32, its tokenizer."""
+"""Reading a .gguf file: its fields, its weights as float32 or as they are, its tokenizer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmcore.ops.packed_weight import PackedWeight, from_integers
 from llmcore.text.tokenizer import Tokenizer
 
 # llama.cpp's numbers for the kinds of tokens.
@@ -42,6 +43,30 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for tensor in reader.tensors
     }
     return fields, tensors
+
+
+def packed_weight(data: Any, kind: Any) -> PackedWeight:
+    """A matrix of Q8_0, Q4_0 or Q4_1 as a PackedWeight, without loss.
+
+    data  (N, bytes of a row) uint8, the file's own, as gguf.ReaderTensor.data
+    kind  its gguf.GGMLQuantizationType; ValueError for another
+    A block is a float16 scale, in Q4_1 a float16 minimum, and 32 integers: bytes, or 16 bytes whose
+    low halves are the first 16.
+    """
+    if kind.name not in ("Q8_0", "Q4_0", "Q4_1"):
+        raise ValueError(f"kind: got {kind.name}, expected one of Q8_0, Q4_0, Q4_1")
+    head = 4 if kind.name == "Q4_1" else 2
+    bytes_of_block = head + (32 if kind.name == "Q8_0" else 16)
+    blocks = torch.tensor(data).unflatten(1, (-1, bytes_of_block))
+    halves, integers = blocks[..., :head].contiguous().view(torch.float16), blocks[..., head:]
+    scales = halves[..., 0]
+    if kind.name == "Q8_0":
+        q = integers.contiguous().view(torch.int8).to(torch.int16)
+        return from_integers("int8", q.flatten(1), scales)
+    q = torch.cat((integers & 15, integers >> 4), -1).to(torch.int16).flatten(1)
+    if kind.name == "Q4_0":
+        return from_integers("int4", q - 8, scales)
+    return from_integers("int4", q, scales, halves[..., 1])
 
 
 def tokenizer(fields: Mapping[str, Any]) -> Tokenizer:

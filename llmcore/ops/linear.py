@@ -5,22 +5,19 @@ Tensors:
     weight  (N, K)    x's dtype, or a PackedWeight on x's device
     bias    (N)       x's dtype or float32; None stands for zeros
     y       (..., N)  x's dtype
-Packed weights, w the given weight, per group of `group` neighbours along K:
-    fp32  w in float32
-    bf16  w in bfloat16, nearest even
-    int8  q = round(w / scale) in -127..127, scale = max|w| / 127
-    int4  q = round(w / scale) in -8..7, scale = -w* / 8, w* the w of largest magnitude (so that w*
-          becomes -8, and the step is max|w| / 8 and not / 7); two to a byte, q + 8, the even k low
-Scales are rounded to bfloat16 before q is chosen, so q * scale has at most 16 significant bits and
-float32 holds it exactly: every order of unpacking gives the same weight.
 Float32: x and the weight as they are, their products and sums, the bias; rounded once, into y.
-int8 and int4 are formats of the weight alone: x is not quantised.
+With a weight in int8 or int4 x is rounded too, so that products are those of integers: each row's
+groups of `group` neighbours become q * step in float32, q whole in -127..127, by
+    step = max|x| * (1 / 127)      q = round(x * (127 / max|x|)), ties to even
+which is the same on every backend. A group below 2^-100 counts as zeros. The gradient of x is that
+of the product with x as it was (straight through the rounding).
 In torch.autocast x, weight and bias are cast to its dtype, as torch's linear does; a PackedWeight
 stays as it is.
-Edge cases: any of rows, K, N may be 0; NaN and inf as in torch; a group of zeros has scale 0.
-Errors: TypeError for a dtype, ValueError for a shape, a device, a group or a weight to be quantised
-that is not finite; RuntimeError where a gradient to a PackedWeight is asked. All name the argument.
-Source: Frantar et al., GPTQ, 2022, section 3 (groups); llama.cpp's Q8_0 and Q4_0 (the two scales).
+Edge cases: any of rows, K, N may be 0; NaN and inf as in torch, but with int8 or int4 a row of x
+that holds either is NaN in all of y.
+Errors: TypeError for a dtype, ValueError for a shape or a device; RuntimeError where a gradient to
+a PackedWeight is asked. All name the argument.
+Source: Dettmers et al., LLM.int8(), 2022, section 2 (absmax); llama.cpp's Q8_0 (of groups of 32).
 
 Kernels: forward(x, weight, bias) -> y; into the same with `out` behind;
 backward(dy, x, weight, needs) -> dx, dweight, dbias (float32), each None where not needed. The
@@ -30,9 +27,10 @@ Its gradients are products of the same kind, of transposed copies.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,118 +38,21 @@ import torch.nn.functional as F
 from llmcore import native
 from llmcore.dispatch import Candidate, Op, native_candidates
 from llmcore.ops import contract
+from llmcore.ops.packed_weight import FORMATS, PackedWeight, pack
 from llmcore.ops.sample import Draw, Sample
 
-FORMATS = ("fp32", "bf16", "int8", "int4")
-GROUPS = (16, 32, 64, 128, 256)
+SMALLEST = 2.0**-100
+"""A group of x below it counts as zeros: 127 over its largest magnitude must be finite."""
 
 
-@dataclass(frozen=True, eq=False)
-class PackedWeight:
-    """A weight (N, K) in one of FORMATS, made by `pack`; for inference, it takes no gradient.
-
-    values: (N, K) float32, bfloat16 or int8, or (N, K / 2) uint8 for int4.
-    scales: (N, K / group) bfloat16 for int8 and int4, else None.
-    """
-
-    format: str
-    shape: torch.Size
-    values: torch.Tensor
-    scales: torch.Tensor | None = None
-    group: int = 0
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a product reads of it."""
-        scales = 0 if self.scales is None else self.scales.nbytes
-        return self.values.nbytes + scales
-
-    def dequantize(self) -> torch.Tensor:
-        """The weight as it is, exactly, (N, K) float32."""
-        values = self.values
-        if self.format == "int4":
-            values = torch.stack((values & 15, values >> 4), -1).flatten(-2).float() - 8
-        values = values.float()
-        if self.scales is None:
-            return values
-        return values * self.scales.float().repeat_interleave(self.group, -1)
-
-    def to(self, device: torch.device | str, dtype: object = None) -> PackedWeight:
-        """The same weight on another device; a dtype is passed over, the format says it."""
-        scales = None if self.scales is None else self.scales.to(device)
-        return replace(self, values=self.values.to(device), scales=scales)
-
-    def requires_grad_(self, requires_grad: bool = True) -> PackedWeight:
-        """Raises RuntimeError when a gradient is asked for."""
-        if requires_grad:
-            _no_gradient()
-        return self
-
-    @property
-    def requires_grad(self) -> bool:
-        return False
-
-    @property
-    def grad(self) -> NoReturn:
-        _no_gradient()
-
-    def __repr__(self) -> str:
-        group = f", group={self.group}" if self.group else ""
-        rows, width = self.shape
-        return f"PackedWeight({self.format}{group}, ({rows}, {width}), {self.nbytes} bytes)"
-
-
-def _no_gradient() -> NoReturn:
-    raise RuntimeError(
-        "weight: a PackedWeight is for inference and has no gradient; train the tensor it was "
-        "packed from, or add trained weights beside it (LoRA)"
-    )
-
-
-def pack(weight: torch.Tensor, format: str, group: int = 32) -> PackedWeight:
-    """The weight (N, K) of a linear in "fp32", "bf16", "int8" or "int4", for `llmcore.ops.linear`.
-
-    `group` neighbours along K share a scale in the integer formats: 16, 32, 64, 128 or 256, a
-    divisor of K. The result has memory of its own and no gradient.
-
-    Raises:
-        TypeError: weight is no floating tensor.
-        ValueError: another format, shape or group, or int8 or int4 of a weight that is not finite.
-    """
-    contract.check_floating(weight=weight)
-    contract.check_choice("format", format, FORMATS)
-    if weight.ndim != 2:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected (N, K)")
-    weight = weight.detach()
-    if format in ("fp32", "bf16"):
-        dtype = torch.float32 if format == "fp32" else torch.bfloat16
-        values = weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        return PackedWeight(format, weight.shape, values)
-    contract.check_choice("group", group, GROUPS)
-    if weight.shape[1] % group:
-        raise ValueError(
-            f"group: got {group}, expected a divisor of K, the last axis of weight, "
-            f"which is {weight.shape[1]}"
-        )
-    groups = weight.float().unflatten(1, (-1, group))
-    if not groups.isfinite().all():
-        raise ValueError(f"weight: holds NaN or inf (or overflows float32), which {format} cannot")
-    if format == "int8":
-        scales, low, high = groups.abs().amax(-1) / 127, -127, 127
-    else:
-        peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        scales, low, high = peak / -8, -8, 7
-    scales = scales.to(torch.bfloat16)
-    step = scales.float()[..., None]
-    q = (groups / step.masked_fill(step == 0, 1.0)).round().clamp(low, high).flatten(1)
-    if format == "int8":
-        return PackedWeight(format, weight.shape, q.to(torch.int8), scales, group)
-    q = (q + 8).to(torch.uint8)
-    return PackedWeight(format, weight.shape, q[:, ::2] | q[:, 1::2] << 4, scales, group)
+def rounded_to_int8(x: torch.Tensor, group: int) -> torch.Tensor:
+    """x (float32 or float64), each of its groups rounded to 127 steps to either side of zero."""
+    groups = x.detach().float().unflatten(-1, (-1, group))
+    peak = groups.abs().amax(-1, keepdim=True)
+    inverse = torch.full_like(peak, 127.0) / peak.masked_fill(peak < SMALLEST, math.inf)
+    q = (groups * inverse).round()  # a NaN or inf in the group leaves a NaN, for inf * 0
+    rounded = q.to(x.dtype) * (peak * (1 / 127)).to(x.dtype)
+    return rounded.flatten(-2) + (x - x.detach())
 
 
 @contract.without_autocast
@@ -161,7 +62,8 @@ def reference(
     """The definition, in at least float32."""
     wide = contract.widen(x)
     if isinstance(weight, PackedWeight):
-        weight = weight.dequantize()
+        wide = wide if weight.scales is None else rounded_to_int8(wide, weight.group)
+        weight = weight.dequantize(wide.dtype)
     weight = weight.to(wide.dtype)
     return F.linear(wide, weight, None if bias is None else bias.to(wide.dtype)).to(x.dtype)
 
@@ -221,8 +123,16 @@ def samples(draw: Draw) -> Iterator[Sample]:
         packed = pack(draw.normal(57, 128), format, 32)
         yield Sample(f"{format}_rows", (draw.normal(7, 128), packed, draw.normal(57)))
         yield Sample(f"{format}_one_row", (draw.normal(1, 128), packed))
+        yield Sample(f"{format}_no_rows", (draw.normal(0, 128), packed))
     packed = pack(draw.normal(9, 256), "int4", 128)
     yield Sample("int4_group_128", (draw.normal(2, 256), packed, draw.normal(9)), keep=(2,))
+    packed = pack(draw.normal(33, 96) + 1.0, "int4", 16, asymmetric=True)
+    yield Sample("int4_asymmetric", (draw.normal(11, 96), packed, draw.normal(33)))
+    # All of one sign, at the ends of their range: where products would overflow int16.
+    largest, ends = draw.normal(5, 64).sign(), draw.chance(0.9, 17, 64) * 2.0 - 1.0
+    yield Sample("int8_ends", (largest, pack(ends, "int8", 64)))
+    # A mean far from zero, where what unsigned weights have too much is most of the sum.
+    yield Sample("int8_offset", (draw.normal(3, 64) + 30.0, pack(draw.normal(9, 64), "int8", 16)))
 
 
 def refuses(
@@ -237,9 +147,7 @@ def _(
     level: int,
     x: torch.Tensor,
     weight: torch.Tensor,
-    scales: torch.Tensor | None,
     bias: torch.Tensor | None,
-    group: int,
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
@@ -249,52 +157,80 @@ def _(
     level: int,
     x: torch.Tensor,
     weight: torch.Tensor,
-    scales: torch.Tensor | None,
     bias: torch.Tensor | None,
-    group: int,
     out: torch.Tensor,
 ) -> None:
     return None
 
 
-def raw_arguments(
-    x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None
-) -> tuple[Any, ...]:
-    """A call as the raw ops take it."""
-    if isinstance(weight, torch.Tensor):
-        return x, weight, None, bias, 0
-    return x, weight.values, weight.scales, bias, weight.group
+@native.fake("linear_quantized_forward")
+def _(
+    level: int,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    minimums: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    outputs: int,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
 
 
-def with_contract_arguments(candidate: Candidate) -> Candidate:
-    """A raw candidate as one that takes the contract's arguments."""
-    raw_forward, raw_into = candidate.forward, candidate.into
-    assert raw_into is not None
+@native.fake("linear_quantized_forward_out")
+def _(
+    level: int,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    minimums: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    outputs: int,
+    out: torch.Tensor,
+) -> None:
+    return None
+
+
+def with_contract_arguments(plain: Candidate, quantized: Candidate) -> Candidate:
+    """The raw candidates for floating and for integer weights as one with contract arguments."""
+    product, product_into = plain.forward, plain.into
+    quantized_into = quantized.into
+    assert product_into is not None and quantized_into is not None
+
+    def raw_arguments(
+        x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None
+    ) -> tuple[bool, tuple[Any, ...]]:
+        """Whether the weight holds integers, and the call as the raw op takes it."""
+        if isinstance(weight, torch.Tensor):
+            return False, (x, weight, bias)
+        if weight.scales is None:
+            return False, (x, weight.values, bias)
+        return True, (x, weight.values, weight.scales, weight.minimums, bias, weight.shape[0])
 
     def forward(*args: Any) -> torch.Tensor:
-        return raw_forward(*raw_arguments(*args))
+        of_integers, raw = raw_arguments(*args)
+        return quantized.forward(*raw) if of_integers else product(*raw)
 
     def into(*args: Any) -> None:
-        raw_into(*raw_arguments(*args[:3]), args[3])
-
-    def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return raw_forward(x, weight, None, None, 0)
+        of_integers, raw = raw_arguments(*args[:3])
+        (quantized_into if of_integers else product_into)(*raw, args[3])
 
     def backward(
         dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs: tuple[bool, ...]
     ) -> tuple[torch.Tensor | None, ...]:
         rows = dy.flatten(0, -2) if dy.ndim > 1 else dy[None]
         rows_of_x = x.flatten(0, -2) if x.ndim > 1 else x[None]
-        dx = product(dy, weight.T) if needs[0] else None
-        dweight = product(rows.T, rows_of_x.T) if needs[1] else None
+        dx = product(dy, weight.T, None) if needs[0] else None
+        dweight = product(rows.T, rows_of_x.T, None) if needs[1] else None
         return dx, dweight, rows.sum(0, dtype=torch.float32) if needs[2] else None
 
-    return replace(candidate, forward=forward, into=into, backward=backward)
+    return replace(plain, forward=forward, into=into, backward=backward)
 
 
 def candidates() -> tuple[Candidate, ...]:
-    found = native_candidates("linear", refuses, backward=False)
-    return tuple(map(with_contract_arguments, found))
+    plain, quantized = (
+        native_candidates(name, refuses, backward=False) for name in ("linear", "linear_quantized")
+    )
+    return tuple(map(with_contract_arguments, plain, quantized))
 
 
 OP = Op(

@@ -207,21 +207,29 @@ void exercise_masked_softmax(const Kernels& kernels, int64_t T, int64_t S, Dtype
 
 void exercise_linear(const Kernels& kernels, int64_t rows, int64_t width, int64_t outputs, Dtype dtype) {
   const Buffer x(rows * width, dtype), bias(outputs, Dtype::float32), y(rows * outputs, dtype);
-  const auto run = [&](const void* weight, const void* scales, int64_t group, WeightFormat format) {
-    require(kernels.linear_forward(
-                {x, weight, scales, bias, y, rows, outputs, width, group, dtype, Dtype::float32, format}),
-            "linear_forward");
-  };
   for (const Dtype plain : DTYPES) {
     const Buffer weight(outputs * width, plain);
-    run(weight, nullptr, 0, WeightFormat(int32_t(plain)));
+    const WeightFormat format = WeightFormat(int32_t(plain));
+    require(kernels.linear_forward({x, weight, bias, y, rows, outputs, width, dtype, Dtype::float32, format}),
+            "linear_forward");
   }
-  if (width % 16 != 0) return;
-  const Buffer scales(outputs * width / 16, Dtype::bfloat16);
-  const std::unique_ptr<uint8_t[]> bytes(new uint8_t[size_t(outputs * width)]());
-  run(bytes.get(), scales, 16, WeightFormat::int8);
-  const std::unique_ptr<uint8_t[]> halves(new uint8_t[size_t(outputs * width / 2)]());
-  run(halves.get(), scales, 16, WeightFormat::int4);
+}
+
+void exercise_linear_quantized(const Kernels& kernels, int64_t rows, int64_t width, int64_t group, Dtype dtype) {
+  constexpr int64_t outputs = 103, padded = 112;
+  const Buffer x(rows * width, dtype), bias(outputs, dtype), y(rows * outputs, dtype);
+  const Buffer scales(padded * width / group, Dtype::float16), minimums(padded * width / group, Dtype::float16);
+  const std::unique_ptr<uint8_t[]> bytes(new uint8_t[size_t(padded * width)]());
+  const std::unique_ptr<uint8_t[]> halves(new uint8_t[size_t(padded * width / 2)]());
+  const auto run = [&](const uint8_t* values, const void* least, const void* biases, QuantizedFormat format) {
+    require(kernels.linear_quantized_forward(
+                {x, values, scales, least, biases, y, rows, outputs, width, group, dtype, dtype, format}),
+            "linear_quantized_forward");
+    if (dtype == Dtype::float32) require_numbers(y, rows * outputs, "linear_quantized_forward: NaN");
+  };
+  run(bytes.get(), nullptr, bias, QuantizedFormat::int8);
+  run(halves.get(), nullptr, nullptr, QuantizedFormat::int4);
+  run(halves.get(), minimums, bias, QuantizedFormat::int4);
 }
 
 struct Shape {
@@ -381,6 +389,13 @@ int main() {
       exercise_rows(kernels, 200, 600, dtype);  // enough for two threads
       for (const int64_t width : {0, 1, 16, 33, 1040}) {
         for (const int64_t rows : {0, 1, 5, 99}) exercise_linear(kernels, rows, width, 103, dtype);
+      }
+      for (const int64_t group : {16, 32, 128}) {
+        for (const int64_t groups : {0, 1, 5}) {
+          for (const int64_t rows : {0, 1, 7, 75}) {
+            exercise_linear_quantized(kernels, rows, group * groups, group, dtype);
+          }
+        }
       }
       exercise_cross_entropy(kernels, 20, 9001, dtype);
       exercise_masked_softmax(kernels, 100, 600, dtype);

@@ -9,11 +9,24 @@ import torch
 import torch.nn.functional as F
 
 import llmcore
-from llmcore import ops
-from llmcore.ops.linear import FORMATS
+from llmcore import native, ops
+from llmcore.dispatch import REGISTRY, Candidate
+from llmcore.ops.linear import rounded_to_int8
+from llmcore.ops.packed_weight import FORMATS, PackedWeight, from_integers
 
 pytestmark = pytest.mark.usefixtures("backend")
 formats = pytest.mark.parametrize("format", FORMATS)
+
+
+def candidates_for(x: torch.Tensor, weight: PackedWeight) -> list[Candidate]:
+    """Every level that runs here, and the definition."""
+    return [c for c in REGISTRY["linear"].candidates if not c.reasons(x, weight, None)]
+
+
+def packed_in_every_way(weight: torch.Tensor, group: int = 32) -> dict[str, PackedWeight]:
+    """The weight in int8, in int4 and in asymmetric int4."""
+    packed = {format: llmcore.pack(weight, format, group) for format in ("int8", "int4")}
+    return packed | {"int4_asymmetric": llmcore.pack(weight, "int4", group, asymmetric=True)}
 
 
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "no_bias"])
@@ -69,7 +82,76 @@ def test_linear_packed_is_linear_of_the_dequantized(format: str) -> None:
     x, bias = torch.randn(5, 64), torch.randn(9)
     packed = llmcore.pack(torch.randn(9, 64), format)
     y = ops.linear(x, packed, bias)
+    if packed.group:
+        x = rounded_to_int8(x, packed.group)
     torch.testing.assert_close(y, F.linear(x, packed.dequantize(), bias), rtol=1e-5, atol=1e-5)
+
+
+def test_linear_rounded_x_is_near_x() -> None:
+    """Half of 127 steps to either side, of each group by itself; what is representable stays."""
+    x = torch.randn(3, 64) * torch.logspace(-20, 20, 64)
+    rounded = rounded_to_int8(x, 32)
+    step = x.unflatten(1, (2, 32)).abs().amax(-1, keepdim=True) / 127
+    error = (rounded - x).abs().unflatten(1, (2, 32))
+    assert (error <= 0.50001 * step).all() and error.amax() > 0
+    whole = torch.randint(-127, 128, (2, 64)).float()
+    whole[:, ::32] = 127.0
+    torch.testing.assert_close(rounded_to_int8(whole, 32), whole, rtol=1e-6, atol=0)
+    assert rounded_to_int8(torch.full((1, 32), 1e-31), 32).abs().amax() == 0
+
+
+@pytest.mark.parametrize("group", [16, 32, 64, 256])
+def test_linear_of_integers_is_the_integers_product(group: int) -> None:
+    """Whole numbers on both sides, at the ends of their range: no sum is cut off or wraps."""
+    draw = torch.Generator().manual_seed(group)
+    x = torch.randint(-127, 128, (11, 512), generator=draw).float()
+    x[0], x[1], x[:, ::16] = 127.0, -127.0, 127.0  # the step is 1 in every group
+    scales = torch.ones(35, 512 // group, dtype=torch.float16)
+    for format, low, high in (("int8", -128, 127), ("int4", -8, 7)):
+        q = torch.randint(low, high + 1, (35, 512), generator=draw)
+        q[0], q[1] = low, high
+        q[2, ::2], q[2, 1::2] = low, high
+        y = x.double() @ q.T.double()
+        packed = from_integers(format, q, scales)
+        for candidate in candidates_for(x, packed):
+            got = candidate.forward(x, packed, None)
+            torch.testing.assert_close(got.double(), y, rtol=1e-6, atol=4.0, msg=candidate.backend)
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+def test_linear_quantized_rows_have_their_own_bits(dtype: torch.dtype, backend: str) -> None:
+    """Whatever the number of rows, a row's place among them and the threads."""
+    x, bias = torch.randn(77, 160).to(dtype), torch.randn(150)
+    if backend == "reference" or native.module is None:
+        pytest.skip("the definition's sums are torch's, whose order depends on the number of rows")
+    for packed in packed_in_every_way(torch.randn(150, 160)).values():
+        for level in (c for c in candidates_for(x, packed) if c.backend != "reference"):
+            whole = level.forward(x, packed, bias)
+            for rows in (1, 2, 3, 6, 8, 13, 64, 65):
+                assert torch.equal(level.forward(x[-rows:], packed, bias), whole[-rows:])
+            torch.set_num_threads(2)
+            assert torch.equal(level.forward(x, packed, bias), whole)
+            torch.set_num_threads(1)
+
+
+def test_linear_quantized_nan_and_inf_fill_their_row() -> None:
+    x = torch.randn(4, 64)
+    x[1, 3], x[2, 40] = math.nan, -math.inf
+    for packed in packed_in_every_way(torch.randn(9, 64)).values():
+        y = ops.linear(x, packed)
+        assert y[1:3].isnan().all() and y[[0, 3]].isfinite().all()
+
+
+def test_linear_quantized_levels_agree() -> None:
+    """The integers are the same at every level; the float32 sums too, where there is an FMA."""
+    x = torch.randn(9, 128)
+    for packed in packed_in_every_way(torch.randn(40, 128)).values():
+        results = {c.backend: c.forward(x, packed, None) for c in candidates_for(x, packed)}
+        expected = results.pop("reference")
+        for backend, y in results.items():
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+            if backend != "cpu_portable":
+                assert torch.equal(y, results["cpu"]), backend
 
 
 @formats
@@ -105,11 +187,25 @@ def test_pack_is_off_by_half_a_step(format: str, levels: int, group: int) -> Non
     packed = llmcore.pack(weight, format, group)
     step = weight.unflatten(1, (-1, group)).abs().amax(-1, keepdim=True) / levels
     error = (packed.dequantize() - weight).abs().unflatten(1, (-1, group))
-    # Half a step; a scale rounded to bfloat16 adds 2^-9 of the largest magnitude. In int4 the value
-    # opposite to the largest may be a whole step off, for +8 does not exist.
+    # Half a step; a scale rounded to float16 adds 2^-12 of the largest magnitude, a tiny one 2^-25
+    # for each step. In int4 the value opposite to the largest may be a whole step off, for +8 does
+    # not exist.
     slack = 1.0 if format == "int4" else 0.5
-    assert (error <= step * (slack + levels * 2**-9 + 1e-3)).all()
-    assert packed.scales is not None and packed.scales.shape == (5, 256 // group)
+    assert (error <= step * (slack + levels * 2**-12 + 1e-3) + levels * 2**-25).all()
+    assert packed.scales is not None and packed.scales.shape == (1, 256 // group, 16)
+    loss = (packed.dequantize() - weight).norm() / weight.norm()
+    torch.testing.assert_close(packed.error, loss.item(), rtol=1e-4, atol=0)
+
+
+def test_pack_asymmetric_is_off_by_half_a_step() -> None:
+    weight = torch.rand(5, 256) + 3.0
+    packed = llmcore.pack(weight, "int4", asymmetric=True)
+    groups = weight.unflatten(1, (-1, 32))
+    step = (groups.amax(-1) - groups.amin(-1))[..., None] / 15
+    error = (packed.dequantize() - weight).abs().unflatten(1, (-1, 32))
+    assert (error <= 0.5 * step + 4 * 2**-11).all()  # a minimum near 4 is rounded to float16
+    assert packed.error < llmcore.pack(weight, "int4").error / 5
+    assert packed.minimums is not None and "asymmetric" in repr(packed)
 
 
 def test_pack_int4_uses_its_sixteen_levels() -> None:
@@ -171,6 +267,10 @@ def test_pack_errors() -> None:
         llmcore.pack(weight, "int8", 48)
     with pytest.raises(ValueError, match="group: got 64, expected a divisor of K"):
         llmcore.pack(weight, "int4", 64)
+    with pytest.raises(ValueError, match="asymmetric: got True with int8"):
+        llmcore.pack(weight, "int8", asymmetric=True)
+    with pytest.raises(ValueError, match="weight: too large, its scales overflow float16"):
+        llmcore.pack(weight * 1e8, "int8")
     weight[3, 3] = math.inf
     with pytest.raises(ValueError, match="weight: holds NaN or inf"):
         llmcore.pack(weight, "int8")
