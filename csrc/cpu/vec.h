@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -101,6 +102,53 @@ INLINE float sum_lanes(vec v) {
 }
 INLINE float max_lanes(vec v) {
   return fold_lanes<LANES>(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
+
+// Lane i of the result is lane source(i) of the 2 * LANES values of a and b.
+template <int (*source)(int), size_t... I>
+INLINE vec shuffle(vec a, vec b, std::index_sequence<I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, source(int(I))...);
+#else
+  return __builtin_shuffle(a, b, ivec{source(int(I))...});
+#endif
+}
+template <int (*source)(int)>
+INLINE vec shuffle(vec a, vec b) {
+  return shuffle<source>(a, b, std::make_index_sequence<LANES>{});
+}
+
+// The steps of transpose: in each 2 * half by 2 * half block the off-diagonal quarters change places, then in those.
+template <int half>
+constexpr int low_quarters(int lane) {
+  return lane & half ? LANES + lane - half : lane;
+}
+template <int half>
+constexpr int high_quarters(int lane) {
+  return lane & half ? LANES + lane : lane + half;
+}
+template <int half>
+INLINE void transpose_blocks(vec (&rows)[LANES]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) {
+    if (i & half) continue;
+    const vec a = rows[i], b = rows[i + half];
+    rows[i] = shuffle<low_quarters<half>>(a, b);
+    rows[i + half] = shuffle<high_quarters<half>>(a, b);
+  }
+  if constexpr (half > 1) transpose_blocks<half / 2>(rows);
+}
+
+// Lane i is the sum of rows[i]'s lanes, with the bits of sum_lanes.
+template <int half = LANES / 2>
+INLINE vec sum_lanes_of_each(vec (&rows)[LANES]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < half; ++i) {
+    const vec a = rows[i], b = rows[i + half];
+    rows[i] = shuffle<low_quarters<half>>(a, b) + shuffle<high_quarters<half>>(a, b);
+  }
+  if constexpr (half > 1) return sum_lanes_of_each<half / 2>(rows);
+  return rows[0];
 }
 
 INLINE vec from_bits(hvec h, bfloat16) { return bits_of<vec>(__builtin_convertvector(h, uvec) << 16); }
@@ -330,37 +378,21 @@ INLINE vec normal_distribution(vec x, vec exp_of_minus_half_square) {
 }
 
 // The even and the odd lanes of the 2 * LANES values of a and b, and back.
+constexpr int even_lanes(int lane) { return 2 * lane; }
+constexpr int odd_lanes(int lane) { return 2 * lane + 1; }
+constexpr int low_pairs(int lane) { return lane / 2 + lane % 2 * LANES; }
+constexpr int high_pairs(int lane) { return low_pairs(lane) + LANES / 2; }
 INLINE void split_pairs(vec a, vec b, vec& even, vec& odd) {
-  ivec lanes;
-  for (int i = 0; i < LANES; ++i) lanes[i] = 2 * i;
-  even = __builtin_shuffle(a, b, lanes);
-  odd = __builtin_shuffle(a, b, lanes + 1);
+  even = shuffle<even_lanes>(a, b);
+  odd = shuffle<odd_lanes>(a, b);
 }
 INLINE void join_pairs(vec even, vec odd, vec& a, vec& b) {
-  ivec lanes;
-  for (int i = 0; i < LANES; ++i) lanes[i] = i / 2 + (i % 2) * LANES;
-  a = __builtin_shuffle(even, odd, lanes);
-  b = __builtin_shuffle(even, odd, lanes + LANES / 2);
+  a = shuffle<low_pairs>(even, odd);
+  b = shuffle<high_pairs>(even, odd);
 }
 
 // In place: lane j of rows[i] and lane i of rows[j] change places.
-INLINE void transpose(vec (&rows)[LANES]) {
-#pragma GCC unroll 8
-  for (int half = LANES / 2; half >= 1; half /= 2) {
-    ivec low, high;
-    for (int lane = 0; lane < LANES; ++lane) {
-      low[lane] = lane & half ? LANES + lane - half : lane;
-      high[lane] = lane & half ? LANES + lane : lane + half;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i) {
-      if (i & half) continue;
-      const vec a = rows[i], b = rows[i + half];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + half] = __builtin_shuffle(a, b, high);
-    }
-  }
-}
+INLINE void transpose(vec (&rows)[LANES]) { transpose_blocks<LANES / 2>(rows); }
 
 }  // namespace
 }  // namespace llmcore::LLMCORE_LEVEL

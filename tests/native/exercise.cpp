@@ -207,21 +207,14 @@ void exercise_masked_softmax(const Kernels& kernels, int64_t T, int64_t S, Dtype
 
 void exercise_linear(const Kernels& kernels, int64_t rows, int64_t width, int64_t outputs, Dtype dtype) {
   const Buffer x(rows * width, dtype), bias(outputs, Dtype::float32), y(rows * outputs, dtype);
-  const auto run = [&](const void* weight, const void* scales, int64_t group, WeightFormat format) {
-    require(kernels.linear_forward(
-                {x, weight, scales, bias, y, rows, outputs, width, group, dtype, Dtype::float32, format}),
-            "linear_forward");
-  };
   for (const Dtype plain : DTYPES) {
     const Buffer weight(outputs * width, plain);
-    run(weight, nullptr, 0, WeightFormat(int32_t(plain)));
+    require(kernels.linear_forward({x, weight, bias, y, rows, outputs, width, dtype, plain, Dtype::float32}),
+            "linear_forward");
   }
-  if (width % 16 != 0) return;
-  const Buffer scales(outputs * width / 16, Dtype::bfloat16);
-  const std::unique_ptr<uint8_t[]> bytes(new uint8_t[size_t(outputs * width)]());
-  run(bytes.get(), scales, 16, WeightFormat::int8);
-  const std::unique_ptr<uint8_t[]> halves(new uint8_t[size_t(outputs * width / 2)]());
-  run(halves.get(), scales, 16, WeightFormat::int4);
+  const Buffer weight(outputs * width, dtype), dweight(outputs * width, dtype), dx(rows * width, dtype);
+  const Buffer dbias(outputs, Dtype::float32);
+  require(kernels.linear_backward({y, x, weight, dx, dweight, dbias, rows, outputs, width, dtype}), "linear_backward");
 }
 
 struct Shape {
