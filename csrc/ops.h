@@ -239,6 +239,39 @@ struct CrossEntropyBackward {
   Dtype dtype;
 };
 
+// The loss of logits = x weight^T + bias, which are never whole. x (rows, width), weight (classes, width), contiguous;
+// bias (classes) or null; the rest as in CrossEntropyForward.
+struct LinearCrossEntropyForward {
+  const void* x;
+  const void* weight;
+  const void* bias;
+  const int64_t* target;
+  void* loss;
+  float* statistics;
+  int64_t rows, width, classes, ignore_index;
+  float label_smoothing;
+  Reduction reduction;
+  Dtype dtype, bias_dtype;
+};
+
+// dx (rows, width), dweight (classes, width) and dbias (classes, float32) of the above; each may be null when it is not
+// wanted.
+struct LinearCrossEntropyBackward {
+  const void* dloss;
+  const void* x;
+  const void* weight;
+  const void* bias;
+  const int64_t* target;
+  const float* statistics;
+  void* dx;
+  void* dweight;
+  float* dbias;
+  int64_t rows, width, classes, ignore_index;
+  float label_smoothing;
+  Reduction reduction;
+  Dtype dtype, bias_dtype;
+};
+
 constexpr int64_t NO_OFFSET = INT64_MIN;
 
 // Scores of attention, shared by both passes. Query head h reads key/value head h / (H / G). The last axis of q, k, v
@@ -329,15 +362,26 @@ struct RooflineCopy {
 };
 
 // y = x weight^T + bias. x (M, K), y (M, N), weight (N, K), contiguous; bias (N) or null.
-enum class WeightFormat : int32_t { float32, bfloat16, float16 };
 struct LinearForward {
   const void* x;
   const void* weight;
   const void* bias;
   void* y;
   int64_t M, N, K;
-  Dtype dtype, bias_dtype;
-  WeightFormat format;
+  Dtype dtype, weight_dtype, bias_dtype;
+};
+
+// dx (M, K), dweight (N, K) and dbias (N, float32) of the above, all else in one dtype; each may be null when it is not
+// wanted.
+struct LinearBackward {
+  const void* dy;
+  const void* x;
+  const void* weight;
+  void* dx;
+  void* dweight;
+  float* dbias;
+  int64_t M, N, K;
+  Dtype dtype;
 };
 
 // y = x weight^T + bias with the weight in int8 or int4 and x (M, K) rounded to int8, row by row and group by group;
@@ -363,35 +407,38 @@ struct LinearQuantizedForward {
 };
 
 // The bodies of one level. Each returns false when scratch memory could not be had, true otherwise.
-#define LLMCORE_KERNELS(X)                            \
-  X(rms_norm_forward, RmsNormForward)                 \
-  X(rms_norm_backward, RmsNormBackward)               \
-  X(layer_norm_forward, LayerNormForward)             \
-  X(layer_norm_backward, LayerNormBackward)           \
-  X(add_rms_norm_forward, AddRmsNormForward)          \
-  X(add_rms_norm_backward, AddRmsNormBackward)        \
-  X(add_layer_norm_forward, AddLayerNormForward)      \
-  X(add_layer_norm_backward, AddLayerNormBackward)    \
-  X(softmax_forward, SoftmaxForward)                  \
-  X(softmax_backward, SoftmaxBackward)                \
-  X(gelu_forward, GeluForward)                        \
-  X(gelu_backward, GeluBackward)                      \
-  X(geglu_forward, GatedForward)                      \
-  X(geglu_backward, GatedBackward)                    \
-  X(swiglu_forward, GatedForward)                     \
-  X(swiglu_backward, GatedBackward)                   \
-  X(linear_forward, LinearForward)                    \
-  X(linear_quantized_forward, LinearQuantizedForward) \
-  X(rope, Rope)                                       \
-  X(masked_softmax_forward, MaskedSoftmaxForward)     \
-  X(masked_softmax_backward, MaskedSoftmaxBackward)   \
-  X(cross_entropy_forward, CrossEntropyForward)       \
-  X(cross_entropy_backward, CrossEntropyBackward)     \
-  X(attention_forward, AttentionForward)              \
-  X(attention_backward, AttentionBackward)            \
-  X(roofline_fma, RooflineChains)                     \
-  X(roofline_bf16_pairs, RooflineChains)              \
-  X(roofline_read, RooflineRead)                      \
+#define LLMCORE_KERNELS(X)                                     \
+  X(rms_norm_forward, RmsNormForward)                          \
+  X(rms_norm_backward, RmsNormBackward)                        \
+  X(layer_norm_forward, LayerNormForward)                      \
+  X(layer_norm_backward, LayerNormBackward)                    \
+  X(add_rms_norm_forward, AddRmsNormForward)                   \
+  X(add_rms_norm_backward, AddRmsNormBackward)                 \
+  X(add_layer_norm_forward, AddLayerNormForward)               \
+  X(add_layer_norm_backward, AddLayerNormBackward)             \
+  X(softmax_forward, SoftmaxForward)                           \
+  X(softmax_backward, SoftmaxBackward)                         \
+  X(gelu_forward, GeluForward)                                 \
+  X(gelu_backward, GeluBackward)                               \
+  X(geglu_forward, GatedForward)                               \
+  X(geglu_backward, GatedBackward)                             \
+  X(swiglu_forward, GatedForward)                              \
+  X(swiglu_backward, GatedBackward)                            \
+  X(linear_forward, LinearForward)                             \
+  X(linear_backward, LinearBackward)                           \
+  X(linear_quantized_forward, LinearQuantizedForward)          \
+  X(rope, Rope)                                                \
+  X(masked_softmax_forward, MaskedSoftmaxForward)              \
+  X(masked_softmax_backward, MaskedSoftmaxBackward)            \
+  X(cross_entropy_forward, CrossEntropyForward)                \
+  X(cross_entropy_backward, CrossEntropyBackward)              \
+  X(linear_cross_entropy_forward, LinearCrossEntropyForward)   \
+  X(linear_cross_entropy_backward, LinearCrossEntropyBackward) \
+  X(attention_forward, AttentionForward)                       \
+  X(attention_backward, AttentionBackward)                     \
+  X(roofline_fma, RooflineChains)                              \
+  X(roofline_bf16_pairs, RooflineChains)                       \
+  X(roofline_read, RooflineRead)                               \
   X(roofline_copy, RooflineCopy)
 
 struct Kernels {

@@ -5,94 +5,56 @@
 // Forward moves 1 element and does about 20 operations per element (exp is most of them), backward moves 2 and does as
 // many: float32 is bound by memory, the half types by exp. Statistics are the maximum and the log of the sum relative
 // to it, since their sum, the usual logsumexp, loses bits where logits are large. Rows are summed in one fixed order.
-#include "parallel.h"
-#include "row.h"
+#include "cross_entropy.h"
 
 namespace llmcore::LLMCORE_LEVEL {
 namespace {
 
 constexpr int64_t BLOCK = 2048;  // elements of a row that stay in L1 between the two reads, beside as many to come
 
-template <class T>
-INLINE float value_at(const T* p) {
-  return load_partial(p, 1)[0];
+template <class Arguments>
+LossRule rule_of(const Arguments& a) {
+  return {a.classes, a.ignore_index, a.label_smoothing, a.reduction};
 }
 
-int64_t counted_rows(const int64_t* target, int64_t rows, int64_t ignore_index) {
-  int64_t count = 0;
-  for (int64_t r = 0; r < rows; ++r) count += target[r] != ignore_index;
-  return count;
-}
-
-struct RowSums {
-  float peak = -INFINITY;
-  float total = 0.0f;    // of exp(x - peak)
-  float centred = 0.0f;  // of x - peak, where it is wanted
-};
-
-// `more`: another row lies behind this one, and its beginning is asked for. NaN and +inf end up in `total`, -inf counts
-// as a 0 there; while all are -inf, sums are relative to 0.
+// `more`: another row lies behind this one, and its beginning is asked for.
 template <class T>
 RowSums sums_of(const T* x, int64_t width, bool with_centred, bool more) {
   RowSums sums;
   for (int64_t begin = 0; begin < width; begin += BLOCK) {
     const int64_t count = width - begin < BLOCK ? width - begin : BLOCK;
-    const float highest = max_over_row(count, x + begin);
-    if (highest > sums.peak) {
-      if (sums.peak != -INFINITY) {
-        sums.total *= std::exp(sums.peak - highest);
-        sums.centred += float(begin) * (sums.peak - highest);
-      }
-      sums.peak = highest;
-    }
-    const float shift = sums.peak == -INFINITY ? 0.0f : sums.peak;
+    sums.move_to(max_over_row(count, x + begin));
+    const float shift = sums.shift();
     const T* next = more || begin + count < width ? x + begin + count : nullptr;
     sums.total += sum_over_row_at(count, [=](auto at) {
       if (next != nullptr) prefetch_vectors(next + at.i, 1);
       return exp_not_positive(at(x + begin) - shift);
     });
     if (with_centred) sums.centred += sum_over_row(count, [=](vec v) { return v - shift; }, x + begin);
+    sums.count += count;
   }
   return sums;
-}
-
-template <class T>
-float forward_row(const CrossEntropyForward& a, const T* x, int64_t target, float* statistics, bool more) {
-  const float e = a.label_smoothing;
-  const RowSums sums = sums_of(x, a.classes, e > 0.0f, more);
-  const float log_total = std::log(sums.total);
-  statistics[0] = sums.peak;
-  statistics[1] = log_total;
-  const float loss = log_total - (value_at(x + target) - sums.peak);
-  if (e == 0.0f) return loss;
-  return (1.0f - e) * loss - e * (sums.centred / float(a.classes) - log_total);
 }
 
 template <class T>
 bool forward(const CrossEntropyForward& a) {
   const Scratch losses(a.rows);
   if (!losses.ok()) return false;
+  const LossRule rule = rule_of(a);
   const T* logits = static_cast<const T*>(a.logits);
   parallel_rows(a.rows, a.classes, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       float* statistics = a.statistics + 2 * r;
       if (a.target[r] == a.ignore_index) {
         losses.data()[r] = statistics[0] = statistics[1] = 0.0f;
-      } else {
-        losses.data()[r] = forward_row(a, logits + r * a.classes, a.target[r], statistics, r + 1 < end);
+        continue;
       }
+      const T* x = logits + r * a.classes;
+      const RowSums sums = sums_of(x, a.classes, a.label_smoothing > 0.0f, r + 1 < end);
+      losses.data()[r] = loss_of_row(rule, sums, value_at(x + a.target[r]), statistics);
     }
   });
-
-  T* loss = static_cast<T*>(a.loss);
-  const auto itself = [](vec v) { return v; };
-  if (a.reduction == Reduction::none) {
-    map_row(loss, a.rows, itself, losses.data());
-    return true;
-  }
-  float total = sum_over_row(a.rows, itself, losses.data());
-  if (a.reduction == Reduction::mean) total /= float(counted_rows(a.target, a.rows, a.ignore_index));
-  store_partial(loss, broadcast(total), 1);
+  reduce_losses(rule, losses.data(), a.target, a.rows, static_cast<T*>(a.loss));
   return true;
 }
 
@@ -111,19 +73,15 @@ void backward_row(const CrossEntropyBackward& a, float dloss, const T* x, int64_
 template <class T>
 bool backward(const CrossEntropyBackward& a) {
   const T* logits = static_cast<const T*>(a.logits);
-  const T* dloss = static_cast<const T*>(a.dloss);
+  const LossGradient<T> dloss(rule_of(a), a.dloss, a.target, a.rows);
   const Output<T> dlogits(a.dlogits, a.rows * a.classes);
-  const bool each = a.reduction == Reduction::none;
-  float shared = each ? 0.0f : value_at(dloss);
-  if (a.reduction == Reduction::mean) shared /= float(counted_rows(a.target, a.rows, a.ignore_index));
   parallel_rows(a.rows, a.classes, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const Output<T> dx = dlogits + r * a.classes;
       if (a.target[r] == a.ignore_index) {
         std::memset(static_cast<void*>(dx.data), 0, size_t(a.classes) * sizeof(T));
       } else {
-        const float d = each ? value_at(dloss + r) : shared;
-        backward_row(a, d, logits + r * a.classes, a.target[r], a.statistics + 2 * r, dx);
+        backward_row(a, dloss.at(r), logits + r * a.classes, a.target[r], a.statistics + 2 * r, dx);
       }
     }
   });

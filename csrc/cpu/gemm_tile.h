@@ -6,18 +6,10 @@
 // not depend on the tile it falls into.
 #pragma once
 
-#include "vec.h"
+#include "products.h"
 
 namespace llmcore::LLMCORE_LEVEL {
 namespace {
-
-// What one step along the inner axis adds: the product of two float32 words, or of two pairs of bfloat16.
-struct FloatProducts {
-  INLINE static vec add(vec sum, vec a, vec b) { return fma(a, b, sum); }
-};
-struct PairProducts {
-  INLINE static vec add(vec sum, vec a, vec b) { return add_pair_products(sum, a, b); }
-};
 
 constexpr int TILE_ROWS = 6;
 constexpr int TILE_VECS = REGISTERS == 32 ? 4 : 2;

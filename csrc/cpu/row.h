@@ -268,5 +268,20 @@ class RowPartials {
   Scratch partials_;
 };
 
+// total[i] = the sum over rows of rows[r][i]. False when there was no memory.
+template <class T>
+bool sum_rows(const T* rows, int64_t count, int64_t width, float* total) {
+  const RowPartials partials(total, count, width);
+  if (!partials.ok()) return false;
+  for_row_blocks(count, [&](int64_t block, int64_t begin, int64_t end) {
+    float* sum = partials.partial(block);
+    for (int64_t r = begin; r < end; ++r) {
+      map_row(sum, width, [](vec s, vec v) { return s + v; }, sum, rows + r * width);
+    }
+  });
+  partials.reduce();
+  return true;
+}
+
 }  // namespace
 }  // namespace llmcore::LLMCORE_LEVEL

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -111,6 +112,41 @@ INLINE float sum_lanes(vec v) {
 }
 INLINE float max_lanes(vec v) {
   return fold_lanes<LANES>(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
+
+// Lane i of the result is lane source(i) of the 2 * LANES values of a and b.
+template <int (*source)(int), size_t... I>
+INLINE vec shuffle(vec a, vec b, std::index_sequence<I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, source(int(I))...);
+#else
+  return __builtin_shuffle(a, b, ivec{source(int(I))...});
+#endif
+}
+template <int (*source)(int)>
+INLINE vec shuffle(vec a, vec b) {
+  return shuffle<source>(a, b, std::make_index_sequence<LANES>{});
+}
+
+// Of each 2 * HALF lanes of a and b the lower halves side by side, or the upper ones.
+template <int HALF>
+constexpr int lower_halves(int lane) {
+  return lane & HALF ? LANES + lane - HALF : lane;
+}
+template <int HALF>
+constexpr int upper_halves(int lane) {
+  return lower_halves<HALF>(lane) + HALF;
+}
+// Lane i is the sum of rows[i]'s lanes, with the bits of sum_lanes.
+template <int HALF = LANES / 2>
+INLINE vec sum_lanes_of_each(vec (&rows)[LANES]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < HALF; ++i) {
+    const vec a = rows[i], b = rows[i + HALF];
+    rows[i] = shuffle<lower_halves<HALF>>(a, b) + shuffle<upper_halves<HALF>>(a, b);
+  }
+  if constexpr (HALF > 1) return sum_lanes_of_each<HALF / 2>(rows);
+  return rows[0];
 }
 
 // Integers: lanes meet those DISTANCE away, half as far each time, until every lane holds the whole.
@@ -463,34 +499,36 @@ INLINE vec normal_distribution(vec x, vec exp_of_minus_half_square) {
 }
 
 // The even and the odd lanes of the 2 * LANES values of a and b, and back.
+constexpr int even_lanes(int lane) { return 2 * lane; }
+constexpr int odd_lanes(int lane) { return 2 * lane + 1; }
+constexpr int low_pairs(int lane) { return lane / 2 + lane % 2 * LANES; }
+constexpr int high_pairs(int lane) { return low_pairs(lane) + LANES / 2; }
 INLINE void split_pairs(vec a, vec b, vec& even, vec& odd) {
-  ivec lanes;
-  for (int i = 0; i < LANES; ++i) lanes[i] = 2 * i;
-  even = __builtin_shuffle(a, b, lanes);
-  odd = __builtin_shuffle(a, b, lanes + 1);
+  even = shuffle<even_lanes>(a, b);
+  odd = shuffle<odd_lanes>(a, b);
 }
 INLINE void join_pairs(vec even, vec odd, vec& a, vec& b) {
-  ivec lanes;
-  for (int i = 0; i < LANES; ++i) lanes[i] = i / 2 + (i % 2) * LANES;
-  a = __builtin_shuffle(even, odd, lanes);
-  b = __builtin_shuffle(even, odd, lanes + LANES / 2);
+  a = shuffle<low_pairs>(even, odd);
+  b = shuffle<high_pairs>(even, odd);
 }
 
 // Pieces of WIDTH lanes taken from a and b in turn, within each four lanes: the first half of each four, or the second.
 template <int WIDTH, int SECOND>
+constexpr int interleaved(int lane) {
+  return lane / 4 * 4 + SECOND * 2 + lane % 4 / (2 * WIDTH) * WIDTH + lane % WIDTH + lane / WIDTH % 2 * LANES;
+}
+template <int WIDTH, int SECOND>
 INLINE vec interleave(vec a, vec b) {
-  ivec lanes;
-  for (int i = 0; i < LANES; ++i) {
-    lanes[i] = i / 4 * 4 + SECOND * 2 + i % 4 / (2 * WIDTH) * WIDTH + i % WIDTH + i / WIDTH % 2 * LANES;
-  }
-  return __builtin_shuffle(a, b, lanes);
+  return shuffle<interleaved<WIDTH, SECOND>>(a, b);
 }
 // Every other four lanes, of a and then of b.
 template <int SECOND>
+constexpr int alternate(int lane) {
+  return lane / 4 * 8 + SECOND * 4 + lane % 4;
+}
+template <int SECOND>
 INLINE vec alternate_fours(vec a, vec b) {
-  ivec lanes;
-  for (int i = 0; i < LANES; ++i) lanes[i] = i / 4 * 8 + SECOND * 4 + i % 4;
-  return __builtin_shuffle(a, b, lanes);
+  return shuffle<alternate<SECOND>>(a, b);
 }
 
 // In place: lane j of rows[i] and lane i of rows[j] change places. First squares of four by four, then those: each step

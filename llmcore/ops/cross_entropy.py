@@ -174,19 +174,21 @@ def _(
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
+def raw_options(options: LossOptions) -> tuple[int, float, int]:
+    """The options as the raw ops take them."""
+    number = REDUCTIONS.index(options.reduction)
+    return options.ignore_index, options.label_smoothing, number
+
+
 def with_options(candidate: Candidate) -> Candidate:
     """A raw candidate as one that takes the contract's arguments."""
     raw_forward, raw_backward = candidate.forward, candidate.backward
     assert raw_backward is not None
 
-    def raw(options: LossOptions) -> tuple[int, float, int]:
-        number = REDUCTIONS.index(options.reduction)
-        return options.ignore_index, options.label_smoothing, number
-
     def forward(
         logits: torch.Tensor, target: torch.Tensor, options: LossOptions, keep: bool = False
     ) -> Any:
-        results = raw_forward(logits, target, *raw(options))
+        results = raw_forward(logits, target, *raw_options(options))
         return results if keep else results[0]
 
     def backward(
@@ -196,7 +198,7 @@ def with_options(candidate: Candidate) -> Candidate:
         statistics: torch.Tensor,
         options: LossOptions,
     ) -> torch.Tensor:
-        return raw_backward(dloss, logits, target, statistics, *raw(options))
+        return raw_backward(dloss, logits, target, statistics, *raw_options(options))
 
     return dataclasses.replace(candidate, forward=forward, backward=backward)
 

@@ -20,9 +20,8 @@ a PackedWeight is asked. All name the argument.
 Source: Dettmers et al., LLM.int8(), 2022, section 2 (absmax); llama.cpp's Q8_0 (of groups of 32).
 
 Kernels: forward(x, weight, bias) -> y; into the same with `out` behind;
-backward(dy, x, weight, needs) -> dx, dweight, dbias (float32), each None where not needed. The
+backward(dy, x, weight, *needs) -> dx, dweight, dbias (float32), each empty where not needed. The
 native one sums in one order whatever the number of rows: a row's bits do not depend on the batch.
-Its gradients are products of the same kind, of transposed copies.
 """
 
 from __future__ import annotations
@@ -163,6 +162,21 @@ def _(
     return None
 
 
+@native.fake("linear_backward")
+def _(
+    level: int,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    dweight = weight.new_empty(weight.shape if need_dweight else (0,))
+    return dx, dweight, x.new_empty(weight.shape[0] if need_dbias else 0, dtype=torch.float32)
+
+
 @native.fake("linear_quantized_forward")
 def _(
     level: int,
@@ -214,22 +228,12 @@ def with_contract_arguments(plain: Candidate, quantized: Candidate) -> Candidate
         of_integers, raw = raw_arguments(*args[:3])
         (quantized_into if of_integers else product_into)(*raw, args[3])
 
-    def backward(
-        dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs: tuple[bool, ...]
-    ) -> tuple[torch.Tensor | None, ...]:
-        rows = dy.flatten(0, -2) if dy.ndim > 1 else dy[None]
-        rows_of_x = x.flatten(0, -2) if x.ndim > 1 else x[None]
-        dx = product(dy, weight.T, None) if needs[0] else None
-        dweight = product(rows.T, rows_of_x.T, None) if needs[1] else None
-        return dx, dweight, rows.sum(0, dtype=torch.float32) if needs[2] else None
-
-    return replace(plain, forward=forward, into=into, backward=backward)
+    return replace(plain, forward=forward, into=into)
 
 
 def candidates() -> tuple[Candidate, ...]:
-    plain, quantized = (
-        native_candidates(name, refuses, backward=False) for name in ("linear", "linear_quantized")
-    )
+    plain = native_candidates("linear", refuses)
+    quantized = native_candidates("linear_quantized", refuses, backward=False)
     return tuple(map(with_contract_arguments, plain, quantized))
 
 
@@ -275,8 +279,13 @@ class Linear(contract.KernelFunction):
         if ctx.packed is not None:
             weight = ctx.packed.dequantize().to(dy.dtype)
         needs = ctx.needs_input_grad[:3]
-        dx, dweight, dbias = ctx.kernel.backward(dy, x, weight, needs)
-        return dx, dweight, None if dbias is None else dbias.to(bias.dtype), None
+        dx, dweight, dbias = ctx.kernel.backward(dy, x, weight, *needs)
+        return (
+            dx if needs[0] else None,
+            dweight if needs[1] else None,
+            dbias.to(bias.dtype) if needs[2] else None,
+            None,
+        )
 
 
 def linear(

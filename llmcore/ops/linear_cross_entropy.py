@@ -8,24 +8,28 @@ Tensors:
     loss    () for mean and sum, (...) for none; x's dtype
 Float32: logits (which no dtype narrower than float32 ever holds), their softmax and the sums;
 rounded once, into the loss. Each gradient is accumulated in float32 and rounded once.
-A kernel holds some rows of logits at a time; the definition, which is for reading, holds all.
+A kernel holds a part of the logits at a time; the definition, which is for reading, holds all.
 In torch.autocast x, weight and bias are cast to its dtype, as torch's linear does.
 Edge cases, formula, source: as cross_entropy; C may be 0.
 Errors: TypeError for a dtype, ValueError for a shape, a device or an option, IndexError for a
 target that is no class (on the CPU).
 
-Kernels: forward(x, weight, target, bias, options: LossOptions) -> loss.
+Kernels: forward(x, weight, target, bias, options: LossOptions, keep=False) -> loss, and with `keep`
+statistics for the backward pass behind it; backward(dloss, x, weight, target, bias, statistics,
+options, needs) -> dx, dweight, dbias (float32), each empty where not needed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from llmcore.dispatch import Op
+from llmcore import native
+from llmcore.dispatch import Candidate, Op, native_candidates
 from llmcore.ops import contract
 from llmcore.ops.cross_entropy import (
     REDUCTIONS,
@@ -34,6 +38,7 @@ from llmcore.ops.cross_entropy import (
     check_options,
     check_target,
     loss_of,
+    raw_options,
 )
 from llmcore.ops.sample import Draw, Sample
 
@@ -110,16 +115,121 @@ def samples(draw: Draw) -> Iterator[Sample]:
     yield Sample("float32_bias", args, keep=(3,))
 
 
+@native.fake("linear_cross_entropy_forward")
+def _(
+    level: int,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    loss = x.new_empty(target.shape if REDUCTIONS[reduction] == "none" else ())
+    return loss, x.new_empty(target.numel(), 2, dtype=torch.float32)
+
+
+@native.fake("linear_cross_entropy_backward")
+def _(
+    level: int,
+    dloss: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    statistics: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dbias = x.new_empty(weight.shape[0] if need_dbias else 0, dtype=torch.float32)
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    return dx, weight.new_empty(weight.shape if need_dweight else (0,)), dbias
+
+
+def with_options(candidate: Candidate) -> Candidate:
+    """A raw candidate as one that takes the contract's arguments."""
+    raw_forward, raw_backward = candidate.forward, candidate.backward
+    assert raw_backward is not None
+
+    def forward(*args: Any, keep: bool = False) -> Any:
+        *tensors, options = args
+        results = raw_forward(*tensors, *raw_options(options))
+        return results if keep else results[0]
+
+    def backward(*args: Any) -> Any:
+        *tensors, options, needs = args
+        return raw_backward(*tensors, *raw_options(options), *needs)
+
+    return dataclasses.replace(candidate, forward=forward, backward=backward)
+
+
+def refuses(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, *rest: Any) -> list[str]:
+    return native.refuses_tensors(x, weight, rest[0])
+
+
 OP = Op(
     "linear_cross_entropy",
     reference,
     check,
     samples,
+    tuple(map(with_options, native_candidates("linear_cross_entropy", refuses, into=False))),
     arguments=arguments,
-    cpu="no CPU kernel yet: the definition runs, and holds all logits",
     triton="no Triton kernel yet",
     cuda="no CUDA kernel: the two products are the GPU library's, the rest is Triton's",
 )
+
+
+class LinearCrossEntropy(contract.KernelFunction):
+    """The gradient of a kernel's forward pass, by the same kernel's backward pass."""
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        bias: torch.Tensor | None,
+        options: LossOptions,
+        kernel: Candidate,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return kernel.forward(x, weight, target, bias, options, keep=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, weight, target, bias, ctx.options, ctx.kernel = inputs
+        _, statistics = output
+        ctx.save_for_backward(x, weight, target, bias, statistics)
+        ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: torch.Tensor | None, _: None) -> tuple[Any, ...]:
+        x, weight, target, bias, statistics = ctx.saved_tensors
+        if dloss is None:
+            return (None,) * 6
+        if contract.differentiated_again():
+
+            def define(*tensors: Any) -> torch.Tensor:
+                return reference(tensors[0], tensors[1], target, tensors[2], ctx.options)
+
+            dx, dweight, dbias = contract.gradients(define, (x, weight, bias), dloss)
+            return dx, dweight, None, dbias, None, None
+        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        dx, dweight, dbias = ctx.kernel.backward(
+            dloss, x, weight, target, bias, statistics, ctx.options, needs
+        )
+        return (
+            dx if needs[0] else None,
+            dweight if needs[1] else None,
+            None,
+            dbias.to(bias.dtype) if needs[2] else None,
+            None,
+            None,
+        )
 
 
 def linear_cross_entropy(
@@ -152,4 +262,7 @@ def linear_cross_entropy(
     )
     kernel = OP.kernel(contract.call_key(args[:4], args[4]), *args)
     check_classes(target, weight.shape[0], ignore_index)
+    if kernel.backward is not None and contract.wants_gradient(x, weight, bias):
+        loss, _ = LinearCrossEntropy.record(*args, kernel)
+        return loss
     return kernel.forward(*args)

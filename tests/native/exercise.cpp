@@ -209,10 +209,26 @@ void exercise_linear(const Kernels& kernels, int64_t rows, int64_t width, int64_
   const Buffer x(rows * width, dtype), bias(outputs, Dtype::float32), y(rows * outputs, dtype);
   for (const Dtype plain : DTYPES) {
     const Buffer weight(outputs * width, plain);
-    const WeightFormat format = WeightFormat(int32_t(plain));
-    require(kernels.linear_forward({x, weight, bias, y, rows, outputs, width, dtype, Dtype::float32, format}),
+    require(kernels.linear_forward({x, weight, bias, y, rows, outputs, width, dtype, plain, Dtype::float32}),
             "linear_forward");
   }
+  const Buffer weight(outputs * width, dtype), dweight(outputs * width, dtype), dx(rows * width, dtype);
+  const Buffer dbias(outputs, Dtype::float32);
+  require(kernels.linear_backward({y, x, weight, dx, dweight, dbias, rows, outputs, width, dtype}), "linear_backward");
+}
+
+void exercise_linear_cross_entropy(const Kernels& kernels, int64_t rows, int64_t width, int64_t classes, Dtype dtype) {
+  const Buffer x(rows * width, dtype), weight(classes * width, dtype), bias(classes, dtype), losses(rows, dtype);
+  const Buffer dx(rows * width, dtype), dweight(classes * width, dtype), dbias(classes, Dtype::float32);
+  const Buffer statistics(2 * rows, Dtype::float32);
+  std::vector<int64_t> target(size_t(rows), classes - 1);
+  if (rows > 1) target[1] = -100;
+  require(kernels.linear_cross_entropy_forward({x, weight, bias, target.data(), losses, statistics, rows, width,
+                                                classes, -100, 0.1f, Reduction::none, dtype, dtype}),
+          "linear_cross_entropy_forward");
+  require(kernels.linear_cross_entropy_backward({losses, x, weight, bias, target.data(), statistics, dx, dweight, dbias,
+                                                 rows, width, classes, -100, 0.1f, Reduction::none, dtype, dtype}),
+          "linear_cross_entropy_backward");
 }
 
 void exercise_linear_quantized(const Kernels& kernels, int64_t rows, int64_t width, int64_t group, Dtype dtype) {
@@ -398,6 +414,7 @@ int main() {
         }
       }
       exercise_cross_entropy(kernels, 20, 9001, dtype);
+      for (const int64_t rows : {0, 1, 40}) exercise_linear_cross_entropy(kernels, rows, 33, 1031, dtype);
       exercise_masked_softmax(kernels, 100, 600, dtype);
       for (const bool options : {false, true}) {
         for (const Shape& shape : std::initializer_list<Shape>{{1, 1, 1, 1, 1, 1, 1},
