@@ -22,7 +22,7 @@ GROUP = 32
 FEW_ROWS = 48
 """Below so many rows a weight is read more slowly than it is multiplied."""
 
-BITS = {"int8": 8, "int4": 4}
+BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
 
 
 def sample(shape: shapes.Product, draw: Draw) -> Sample:
@@ -34,15 +34,17 @@ def work(shape: shapes.Product, itemsize: int, mode: str) -> Work:
     """The backward pass makes two products: of dx and of dweight."""
     products = 2 if mode == shapes.BACKWARD else 1
     weights = shape.N * shape.K
-    weight = weights * BITS[shape.packed] // 8 + 2 * weights // GROUP if shape.packed else None
-    rows = (shape.M * shape.K + shape.M * shape.N) * itemsize
-    size = rows + (weights * itemsize if weight is None else weight)
+    scales = 2 * weights // GROUP if shape.packed in ("int8", "int4") else 0
+    weight = weights * BITS.get(shape.packed, 8 * itemsize) // 8 + scales
+    size = (shape.M * shape.K + shape.M * shape.N) * itemsize + weight
     flops = 2 * shape.M * shape.K * shape.N * products
     return Work(size * products, flops, "fma" if shape.M >= FEW_ROWS else "read")
 
 
-def pack_onednn(x: torch.Tensor, weight: torch.Tensor) -> tuple[Any, ...]:
+def pack_onednn(x: torch.Tensor, weight: torch.Tensor | PackedWeight) -> tuple[Any, ...]:
     """As torch.compile does it when a model is frozen."""
+    if isinstance(weight, PackedWeight):
+        weight = weight.values
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
     return x, packed, None, "none", [], ""
 
@@ -67,30 +69,30 @@ def whole_weight(x: torch.Tensor, weight: PackedWeight) -> tuple[Any, ...]:
     return x, weight.dequantize().to(x.dtype)
 
 
+def onednn_peer(*dtypes: str, is_torch: bool) -> Peer:
+    return Peer(
+        "oneDNN, packed",
+        torch.ops.mkldnn._linear_pointwise,
+        prepare=pack_onednn,
+        modes=(shapes.FORWARD,),
+        dtypes=dtypes,
+        is_torch=is_torch,
+    )
+
+
 def peers(shape: shapes.Product) -> list[Peer]:
+    if not shape.packed:  # what packs the weight beforehand is shown, but has had time for it
+        packed = onednn_peer("fp32", "bf16", is_torch=False)
+        return [Peer("F.linear", F.linear), packed, openblas_peer()]
     forward = (shapes.FORWARD,)
-    if not shape.packed:
-        onednn = torch.ops.mkldnn._linear_pointwise
-        return [
-            Peer("F.linear", F.linear),
-            Peer(
-                "oneDNN, packed",
-                onednn,
-                prepare=pack_onednn,
-                modes=forward,
-                dtypes=("fp32", "bf16"),
-            ),
-            openblas_peer(),
-        ]
     whole = Peer("F.linear, whole weight", F.linear, prepare=whole_weight, modes=forward)
     if shape.packed == "int8":
-        product = Peer(
-            "_weight_int8pack_mm", torch._weight_int8pack_mm, prepare=pack_int8, modes=forward
-        )
-    else:
+        int8 = torch._weight_int8pack_mm
+        return [Peer("_weight_int8pack_mm", int8, prepare=pack_int8, modes=forward), whole]
+    if shape.packed == "int4":
         int4 = torch._weight_int4pack_mm_for_cpu
-        product = Peer("_weight_int4pack_mm", int4, prepare=pack_int4, modes=forward)
-    return [product, whole]
+        return [Peer("_weight_int4pack_mm", int4, prepare=pack_int4, modes=forward), whole]
+    return [whole, onednn_peer(shape.packed, is_torch=True)]
 
 
 BENCH = Bench("linear", shapes.LINEAR, shapes.TINY_PRODUCT, sample, work, peers)

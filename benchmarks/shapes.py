@@ -153,6 +153,10 @@ LINEAR = (
     Product("SmolLM2-135M, prefill of 512, gate and up", 512, 576, 3072, quick=True),
     Product("SmolLM2-135M, prefill of 512, down", 512, 1536, 576),
     Product("GPT-2 small, 4 sequences of 512", 2048, 768, 3072),
+    *(
+        Product("GPT-2 small, 4 sequences of 512", 2048, 768, 3072, packed, modes=(FORWARD,))
+        for packed in ("fp32", "bf16")
+    ),
     # So many weights that the caches hold none of them.
     *(
         Product(f"8B, decode of {rows}", rows, 4096, 4096, packed, sets, quick, modes=(FORWARD,))

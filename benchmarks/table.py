@@ -117,6 +117,9 @@ def linear_rows() -> Iterator[Row]:
             # With the instruction torch has it too, and no figure was set but to be no slower.
             with_dot = Goal(ratio=1.0)
             yield Row("linear", shape, "bf16", mode, Goal(0.8, 10.0), with_dot, quick)
+    for format in ("fp32", "bf16"):  # packed beforehand, as torch's peer is
+        goal = Goal(0.8, 1.0) if format == "fp32" else Goal(ratio=1.0)
+        yield Row("linear", f"2048x768x3072 {format}", format, FORWARD, goal)
     for rows, share in ((1, 0.9), (8, 0.7)):
         for dtype, mark in (("fp32", ""), ("bf16", ""), ("bf16", " int8"), ("bf16", " int4")):
             label = f"{rows}x4096x4096{mark} cold"

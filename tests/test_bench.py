@@ -264,15 +264,18 @@ def test_bench_other_libraries(op: str, name: str, needs: tuple[str, ...]) -> No
     assert found.timing is not None and found.side == contest.OTHERS, found.why_not
 
 
-@pytest.mark.parametrize("packed", ["int8", "int4"])
+@pytest.mark.parametrize("packed", ["fp32", "bf16", "int8", "int4"])
 def test_bench_packed_weights(packed: str) -> None:
     shape = shapes.Product("test", 1, 64, 32, packed, modes=(shapes.FORWARD,))
     bench = dataclasses.replace(cases.benches()["linear"], shapes=(shape,))
-    size = 32 * 64 * {"int8": 8, "int4": 4}[packed] // 8 + 2 * 32 * 64 // 32
+    bits = {"fp32": 32, "bf16": 16, "int8": 8.5, "int4": 4.5}  # a scale has 16 bits for 32 values
+    size = int(32 * 64 * bits[packed] / 8)
     assert bench.work(shape, 2, shapes.FORWARD).bytes == size + 2 * (64 + 32)
-    result = contest.hold(cases.Case(bench, shape, "bf16", shapes.FORWARD), 1, SETTINGS)
+    dtype = "fp32" if packed == "fp32" else "bf16"
+    result = contest.hold(cases.Case(bench, shape, dtype, shapes.FORWARD), 1, SETTINGS)
     timed = {e.name for e in result.entries if e.timing is not None}
-    assert {f"_weight_{packed}pack_mm", "F.linear, whole weight"} <= timed, result.entries
+    own = f"_weight_{packed}pack_mm" if "int" in packed else "oneDNN, packed"
+    assert {own, "F.linear, whole weight"} <= timed, result.entries
 
 
 def test_bench_ligers_chunks_give_the_loss_and_its_gradients() -> None:
