@@ -276,8 +276,11 @@ bool forward(const LinearQuantizedForward& a) {
   round_rows(static_cast<const T*>(a.x), x);
 
   const int64_t panels = (a.N + PANEL - 1) / PANEL, row_blocks = (a.M + ROW_BLOCK - 1) / ROW_BLOCK;
-  // A few tasks for each thread even out what else the machine does; more would break up the streams.
-  const int64_t in_task = panels / (8 * runtime.threads()) + 1, tasks = (panels + in_task - 1) / in_task;
+  // A task is a thread's share, in one stream (8 tasks each cost 10 to 25 % of one row of a small weight), or 4M
+  // weights of a larger share, so that the threads end together whatever else the machine does.
+  const int64_t threads = runtime.threads(), share = panels / threads + (panels % threads != 0 || panels == 0);
+  const int64_t most = (int64_t{4} << 20) / (PANEL * (a.K + 1)) + 1;
+  const int64_t in_task = share < most ? share : most, tasks = (panels + in_task - 1) / in_task;
   const auto work = [&](const auto& next) {
     for (int64_t task = next(); task >= 0; task = next()) {
       const int64_t row = task / tasks * ROW_BLOCK, row_end = a.M - row < ROW_BLOCK ? a.M : row + ROW_BLOCK;

@@ -16,7 +16,8 @@ struct AttentionOptions {
 
 inline void check_heads(const Tensor& t, int64_t axes, const char* name) {
   STD_TORCH_CHECK(t.dim() == axes, name, ": expected ", axes, " axes");
-  STD_TORCH_CHECK(t.size(axes - 1) <= 1 || t.stride(axes - 1) == 1, name, ": expected a contiguous last axis");
+  const bool contiguous = t.numel() == 0 || t.size(axes - 1) == 1 || t.stride(axes - 1) == 1;
+  STD_TORCH_CHECK(contiguous, name, ": expected a contiguous last axis");
 }
 
 // The tensor itself when its last axis is contiguous, as the kernels want it, else a contiguous copy.

@@ -214,7 +214,8 @@ void exercise_linear(const Kernels& kernels, int64_t rows, int64_t width, int64_
   }
   const Buffer weight(outputs * width, dtype), dweight(outputs * width, dtype), dx(rows * width, dtype);
   const Buffer dbias(outputs, Dtype::float32);
-  require(kernels.linear_backward({y, x, weight, dx, dweight, dbias, rows, outputs, width, dtype}), "linear_backward");
+  require(kernels.linear_backward({y, x, weight, dx, dweight, dbias.floats(), rows, outputs, width, dtype}),
+          "linear_backward");
 }
 
 void exercise_linear_cross_entropy(const Kernels& kernels, int64_t rows, int64_t width, int64_t classes, Dtype dtype) {
@@ -223,11 +224,12 @@ void exercise_linear_cross_entropy(const Kernels& kernels, int64_t rows, int64_t
   const Buffer statistics(2 * rows, Dtype::float32);
   std::vector<int64_t> target(size_t(rows), classes - 1);
   if (rows > 1) target[1] = -100;
-  require(kernels.linear_cross_entropy_forward({x, weight, bias, target.data(), losses, statistics, rows, width,
-                                                classes, -100, 0.1f, Reduction::none, dtype, dtype}),
+  require(kernels.linear_cross_entropy_forward({x, weight, bias, target.data(), losses, statistics.floats(), rows,
+                                                width, classes, -100, 0.1f, Reduction::none, dtype, dtype}),
           "linear_cross_entropy_forward");
-  require(kernels.linear_cross_entropy_backward({losses, x, weight, bias, target.data(), statistics, dx, dweight, dbias,
-                                                 rows, width, classes, -100, 0.1f, Reduction::none, dtype, dtype}),
+  require(kernels.linear_cross_entropy_backward({losses, x, weight, bias, target.data(), statistics.floats(), dx,
+                                                 dweight, dbias.floats(), rows, width, classes, -100, 0.1f,
+                                                 Reduction::none, dtype, dtype}),
           "linear_cross_entropy_backward");
 }
 

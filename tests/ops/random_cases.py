@@ -14,7 +14,7 @@ import torch
 
 from llmcore.dispatch import REGISTRY
 from llmcore.ops.cross_entropy import REDUCTIONS
-from llmcore.ops.linear import FORMATS, GROUPS, pack
+from llmcore.ops.packed_weight import FORMATS, GROUPS, pack
 from llmcore.ops.sample import Draw, Sample
 
 EDGES = (1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
