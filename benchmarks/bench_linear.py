@@ -58,9 +58,10 @@ def pack_int8(x: torch.Tensor, weight: PackedWeight) -> tuple[Any, ...]:
 
 def pack_int4(x: torch.Tensor, weight: PackedWeight) -> tuple[Any, ...]:
     """The same values and groups as ours; torch's format has a zero point besides."""
-    assert weight.scales is not None
-    q = torch.stack((weight.values & 15, weight.values >> 4), -1).flatten(-2).int()
-    scales = weight.scales.T.to(x.dtype)
+    groups = weight.dequantize().unflatten(1, (-1, weight.group))
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))  # what stands for -8
+    q = (groups / (largest / -8)).round().int().flatten(1) + 8
+    scales = (largest / -8).squeeze(-1).T.to(x.dtype)
     packed = torch._convert_weight_to_int4pack_for_cpu(q, 1)
     return x, packed, weight.group, torch.stack((scales, torch.zeros_like(scales)), -1)
 

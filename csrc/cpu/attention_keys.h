@@ -296,6 +296,8 @@ static_assert(CHAIN == INT64_MAX || CHAIN % LANES == 0);
 // V as it lies in memory, for a width of whole vectors.
 template <class T>
 struct ValueRows {
+  // Joining pairs takes registers.
+  static constexpr int64_t WIDTH = MatrixRows::WIDTH / (IN_PAIRS<T> ? 2 : 1);
   const T* const* rows;
   int64_t column;
   INLINE vec at(int64_t k, int64_t d) const {
@@ -315,8 +317,8 @@ INLINE void accumulate_product(int64_t rows, StridedMatrix a, B b, float* c, int
   for (int64_t r = 0; r < rows; r += TILE_ROWS) {
     const StridedMatrix part{a.data + r * a.row, a.row, a.column};
     const int count = int(rows - r < TILE_ROWS ? rows - r : TILE_ROWS);
-    for (int64_t d = 0; d < width; d += PANEL) {
-      const int vecs = int((width - d < PANEL ? width - d : PANEL) / LANES);
+    for (int64_t d = 0; d < width; d += B::WIDTH) {
+      const int vecs = int((width - d < B::WIDTH ? width - d : B::WIDTH) / LANES);
       any_tile<Products>(count, vecs, part, b.from(0, d), c + r * width + d, width, depth, true);
     }
   }

@@ -149,18 +149,16 @@ template <class Products, int R, int C, bool B_IN_PLACE, class TB>
   const int64_t a_row = a.row, b_row = b.row;
   for (; values >= LANES * Products::VALUES;
        values -= LANES * Products::VALUES, left_at += a.step, right_at += b.step) {
-    vec right[C];
+    vec left[R];
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) right[c] = load_lanes<Products>(right_at + c * b_row);
-    if constexpr (B_IN_PLACE) {
+    for (int r = 0; r < R; ++r) left[r] = load_lanes<Products>(left_at + r * a_row);
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) __builtin_prefetch(right_at + c * b_row + b.next);
-    }
+    for (int c = 0; c < C; ++c) {
+      const TB* at = right_at + c * b_row;
+      const vec right = load_lanes<Products>(at);
+      if constexpr (B_IN_PLACE) __builtin_prefetch(at + b.next);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const vec left = load_lanes<Products>(left_at + r * a_row);
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) sum[r * C + c] = Products::add(sum[r * C + c], left, right[c]);
+      for (int r = 0; r < R; ++r) sum[r * C + c] = Products::add(sum[r * C + c], left[r], right);
     }
   }
   if (values > 0) {

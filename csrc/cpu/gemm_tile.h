@@ -27,8 +27,10 @@ struct StridedMatrix {
   int64_t row, column;  // strides in words
 };
 
-// B as rows of words, one stride apart. (Any other type with these two functions serves as B.)
+// B as rows of words, one stride apart. (Any other type with these two functions, and a width to take at once, serves
+// as B.)
 struct MatrixRows {
+  static constexpr int64_t WIDTH = TILE_VECS * LANES;
   const float* data;
   int64_t row;
   INLINE vec at(int64_t k, int64_t column) const { return load(data + k * row + column); }

@@ -57,10 +57,10 @@ bool forward(const LinearCrossEntropyForward& a) {
   return true;
 }
 
-// Classes that are taken at once: few enough that their logits are little beside all.
+// Classes that are taken at once: few enough that their logits are little beside all, in whole vectors.
 int64_t chunk_of(int64_t classes) {
-  const int64_t chunk = (classes / 64 + COLUMN_BLOCK - 1) / COLUMN_BLOCK * COLUMN_BLOCK;
-  return chunk < COLUMN_BLOCK ? COLUMN_BLOCK : chunk;
+  const int64_t chunk = (classes / 64 + LANES - 1) / LANES * LANES;
+  return chunk < 256 ? 256 : chunk;
 }
 
 template <class T>

@@ -17,14 +17,14 @@ namespace {
 
 constexpr int PANEL = 16;
 constexpr int PANEL_VECS = PANEL / LANES;
-constexpr int BLOCK = 4 * PANEL;  // bytes
-constexpr int TILE_ROWS = 8;      // sums in int32 and in float32 fill half of the larger register file
+constexpr int BLOCK = 4 * PANEL;          // bytes
+constexpr int TILE_ROWS = REGISTERS / 4;  // sums in int32 and in float32 fill half of the registers
 constexpr int64_t ROW_BLOCK = 64;
 // Bytes ahead, into the second cache and into the first. The hardware's own prefetching ends with each page of 4096:
 // with these one row of a weight in memory gains 10 %, 8 rows 15 %.
 constexpr int64_t PREFETCH_FAR = 8192, PREFETCH_NEAR = 1024;
 
-// The rows of the tile that begins at `row`: 8 as long as there are as many, then 4, 2, 1.
+// The rows of the tile that begins at `row`: TILE_ROWS as long as there are as many, then 4, 2, 1.
 INLINE int64_t rows_of_tile(int64_t row, int64_t rows) {
   const int64_t left = rows - row;
   return left >= TILE_ROWS ? TILE_ROWS : left >= 4 ? 4 : left >= 2 ? 2 : 1;
@@ -114,7 +114,7 @@ void round_row(const T* x, const RoundedRows& to, int64_t first, int64_t r, int6
   }
 }
 
-// Threads take pieces of 8 rows and 1024 neighbours: the rows of a tile share their cache lines.
+// Threads take pieces of a tile's rows and 1024 neighbours: the rows of a tile share their cache lines.
 template <class T>
 void round_rows(const T* x, const RoundedRows& to) {
   constexpr int64_t PIECE = 1024;
@@ -226,16 +226,13 @@ INLINE void panel_tile(const RoundedRows& x, int64_t row, const Panel& panel, fl
 // The tile that begins at `row`, of a whole panel. 3 kinds of weights x 4 numbers of rows = 12 builds.
 template <class Weights>
 INLINE void any_tile(const RoundedRows& x, int64_t row, const Panel& panel, float* y) {
-  switch (rows_of_tile(row, x.rows)) {
-    case TILE_ROWS:
-      return panel_tile<Weights, TILE_ROWS>(x, row, panel, y);
-    case 4:
-      return panel_tile<Weights, 4>(x, row, panel, y);
-    case 2:
-      return panel_tile<Weights, 2>(x, row, panel, y);
-    default:
-      return panel_tile<Weights, 1>(x, row, panel, y);
+  const int64_t rows = rows_of_tile(row, x.rows);
+  if (rows == TILE_ROWS) return panel_tile<Weights, TILE_ROWS>(x, row, panel, y);
+  if constexpr (TILE_ROWS > 4) {
+    if (rows == 4) return panel_tile<Weights, 4>(x, row, panel, y);
   }
+  if (rows == 2) return panel_tile<Weights, 2>(x, row, panel, y);
+  return panel_tile<Weights, 1>(x, row, panel, y);
 }
 
 INLINE Panel panel_of(const LinearQuantizedForward& a, int64_t p) {
