@@ -17,8 +17,8 @@ namespace {
 
 constexpr int ROWS = REGISTERS == 32 ? 4 : 3;
 constexpr int COLUMNS = 4;
-constexpr int64_t DEPTH_BLOCK = 1024;  // lanes along the inner axis
-constexpr int64_t ROW_BLOCK = 32 * ROWS;
+constexpr int64_t DEPTH_BLOCK = 512;  // lanes along the inner axis
+constexpr int64_t ROW_BLOCK = 64 * ROWS;
 constexpr int64_t COLUMN_BLOCK = 512;
 constexpr int64_t FEW_ROWS = 32;
 constexpr int64_t COLUMN_GROUP = LANES < COLUMNS ? COLUMNS : LANES;  // columns of B copied at once
@@ -149,16 +149,28 @@ template <class Products, int R, int C, bool B_IN_PLACE, class TB>
   const int64_t a_row = a.row, b_row = b.row;
   for (; values >= LANES * Products::VALUES;
        values -= LANES * Products::VALUES, left_at += a.step, right_at += b.step) {
-    vec left[R];
+    if constexpr (B_IN_PLACE) {  // each vector of B may take registers to convert, and is used once for all rows
+      vec left[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) left[r] = load_lanes<Products>(left_at + r * a_row);
+      for (int r = 0; r < R; ++r) left[r] = load_lanes<Products>(left_at + r * a_row);
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-      const TB* at = right_at + c * b_row;
-      const vec right = load_lanes<Products>(at);
-      if constexpr (B_IN_PLACE) __builtin_prefetch(at + b.next);
+      for (int c = 0; c < C; ++c) {
+        const TB* at = right_at + c * b_row;
+        const vec right = load_lanes<Products>(at);
+        __builtin_prefetch(at + b.next);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sum[r * C + c] = Products::add(sum[r * C + c], left[r], right);
+        for (int r = 0; r < R; ++r) sum[r * C + c] = Products::add(sum[r * C + c], left[r], right);
+      }
+    } else {
+      vec right[C];
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) right[c] = load_lanes<Products>(right_at + c * b_row);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const vec left = load_lanes<Products>(left_at + r * a_row);
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) sum[r * C + c] = Products::add(sum[r * C + c], left, right[c]);
+      }
     }
   }
   if (values > 0) {
@@ -271,7 +283,9 @@ bool gemm(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matrix<TB>
   const bool few = M <= FEW_ROWS && b.depth == 1;
   // A second thread pays from about 64k multiply-adds; a few tasks for each even out their lengths.
   const int64_t threads = M * N * K < 65536 ? 1 : runtime.threads();
-  const int64_t row_step = M < ROW_BLOCK ? M : ROW_BLOCK, row_blocks = M == 0 ? 0 : (M + row_step - 1) / row_step;
+  const int64_t row_blocks = (M + ROW_BLOCK - 1) / ROW_BLOCK,
+                rows_in_each = row_blocks == 0 ? 0 : (M - 1) / row_blocks + 1;
+  const int64_t row_step = (rows_in_each + ROWS - 1) / ROWS * ROWS;
   int64_t column_step = COLUMN_BLOCK;
   while (columns_cut == Cut::as_threads_need && column_step > COLUMN_GROUP &&
          row_blocks * ((N + column_step - 1) / column_step) < 4 * threads) {
