@@ -9,7 +9,7 @@
 
 #include <type_traits>
 
-#include "products.h"
+#include "gemm_tile.h"
 #include "row.h"
 
 namespace llmcore::LLMCORE_LEVEL {
@@ -21,6 +21,7 @@ constexpr int64_t DEPTH_BLOCK = 512;  // lanes along the inner axis
 constexpr int64_t ROW_BLOCK = 64 * ROWS;
 constexpr int64_t COLUMN_BLOCK = 512;
 constexpr int64_t FEW_ROWS = 32;
+constexpr int64_t SHORT_DEPTH = 128;                                 // lanes
 constexpr int64_t COLUMN_GROUP = LANES < COLUMNS ? COLUMNS : LANES;  // columns of B copied at once
 static_assert(COLUMN_BLOCK % COLUMN_GROUP == 0 && COLUMN_GROUP % COLUMNS == 0);
 
@@ -272,6 +273,36 @@ void multiply_many(const Matrix<TA>& a, const Matrix<TB>& b, int64_t rows, int64
   });
 }
 
+// rows of lanes: to[lane][width], `count` neighbours across the inner axis side by side, zeros behind them.
+template <class Products, class T>
+void pack_across(const Matrix<T>& from, int64_t count, int64_t values, int64_t width, float* to) {
+  for (int64_t k = 0; k < values; k += Products::VALUES, to += width) {
+    for (int64_t j = 0; j < width; j += LANES) {
+      store(to + j, j < count ? join_values<Products>(from.at(j, k), from.depth, values - k, count - j) : vec{});
+    }
+  }
+}
+
+// A short inner axis (a weight's gradient over few rows of x), for which sums along it would take longer to fold than
+// to multiply: the tiles of gemm_tile.h, whose sums lie along the columns.
+template <class Products, class TA, class TB>
+void multiply_short(const Matrix<TA>& a, const Matrix<TB>& b, int64_t rows, int64_t columns, int64_t depth,
+                    const GemmWorkspace& w) {
+  constexpr int64_t WIDTH = MatrixRows::WIDTH;
+  static_assert(WIDTH * SHORT_DEPTH <= COLUMN_GROUP * DEPTH_BLOCK);
+  const int64_t lanes = (depth + Products::VALUES - 1) / Products::VALUES, height = (rows + LANES - 1) / LANES * LANES;
+  pack_across<Products>(a, rows, depth, height, w.rows);
+  for (int64_t c = 0; c < columns; c += WIDTH) {
+    const int64_t count = columns - c < WIDTH ? columns - c : WIDTH;
+    pack_across<Products>(b.from(c, 0), count, depth, WIDTH, w.columns);
+    for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+      const int64_t here = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
+      any_tile<Products>(int(here), int((count + LANES - 1) / LANES), {w.rows + r, 1, height},
+                         MatrixRows{w.columns, WIDTH}, w.sums + r * COLUMN_BLOCK + c, COLUMN_BLOCK, lanes, false);
+    }
+  }
+}
+
 enum class Cut { as_threads_need, whole_blocks };
 
 // C (M, N) = A B^T over threads, A (M, K), B (N, K). finish(m, n, count, sums) takes `count` neighbours of row m from
@@ -281,6 +312,7 @@ template <class Products, class TA, class TB, class Finish>
 bool gemm(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matrix<TB>& b, const Finish& finish,
           Cut columns_cut = Cut::as_threads_need) {
   const bool few = M <= FEW_ROWS && b.depth == 1;
+  const bool is_short = a.row == 1 && b.row == 1 && K <= SHORT_DEPTH * Products::VALUES;
   // A second thread pays from about 64k multiply-adds; a few tasks for each even out their lengths.
   const int64_t threads = M * N * K < 65536 ? 1 : runtime.threads();
   const int64_t row_blocks = (M + ROW_BLOCK - 1) / ROW_BLOCK,
@@ -311,6 +343,8 @@ bool gemm(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matrix<TB>
         std::memset(w.sums, 0, size_t(rows * COLUMN_BLOCK) * sizeof(float));
       } else if (few) {
         multiply_few<Products>(w.rows, b.from(n, 0), rows, columns, K, w.sums);
+      } else if (is_short) {
+        multiply_short<Products>(a.from(m, 0), b.from(n, 0), rows, columns, K, w);
       } else {
         multiply_many<Products>(a.from(m, 0), b.from(n, 0), rows, columns, K, w);
       }
