@@ -121,6 +121,13 @@ def test_layout_bodies_name_no_instruction_set() -> None:
         assert not found, f"{path.name}: {found and found.group()}"
 
 
+def test_layout_builtins_of_gcc_have_a_twin() -> None:
+    """Clang has no __builtin_shuffle: it stands once, where vec.h asks for the compiler."""
+    sources = "".join(path.read_text() for path in sorted((ROOT / "csrc/cpu").iterdir()))
+    assert len(re.findall(r"__builtin_shuffle\b", sources)) == 1
+    assert re.search(r"#if defined\(__clang__\).*\n.*\n#else\n.*__builtin_shuffle\(", sources)
+
+
 def test_layout_levels_agree() -> None:
     """setup.py, csrc/ops.h and llmcore/native.py name the same levels."""
     from llmcore import native

@@ -6,7 +6,7 @@ namespace {
 
 template <class T, class W>
 bool forward(const LinearForward& a) {
-  const RowParameter bias(a.bias, a.bias_dtype, a.N, 0.0f);
+  const RowParameter bias(a.bias, a.bias_dtype, a.bias == nullptr ? 0 : a.N, 0.0f);
   if (!bias.ok()) return false;
   const Matrix<T> x{static_cast<const T*>(a.x), a.K, 1};
   const Matrix<W> weight{static_cast<const W*>(a.weight), a.K, 1};

@@ -19,7 +19,7 @@ template <class T>
 bool forward(const LinearCrossEntropyForward& a) {
   const LossRule rule = rule_of(a);
   const int64_t blocks = (a.classes + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
-  const RowParameter bias(a.bias, a.bias_dtype, a.classes, 0.0f);
+  const RowParameter bias(a.bias, a.bias_dtype, a.bias == nullptr ? 0 : a.classes, 0.0f);
   const Scratch peaks(blocks * a.rows), totals(blocks * a.rows), centred(blocks * a.rows), hits(a.rows), losses(a.rows);
   if (!bias.ok() || !peaks.ok() || !totals.ok() || !centred.ok() || !hits.ok() || !losses.ok()) return false;
 
@@ -73,7 +73,7 @@ class Backward {
   explicit Backward(const LinearCrossEntropyBackward& a)
       : a_(a),
         dloss_(rule_of(a), a.dloss, a.target, a.rows),
-        bias_(a.bias, a.bias_dtype, a.classes, 0.0f),
+        bias_(a.bias, a.bias_dtype, a.bias == nullptr ? 0 : a.classes, 0.0f),
         chunk_(chunk_of(a.classes)),
         gradients_(a.rows * chunk_),
         dx_(a.dx == nullptr || std::is_same_v<T, float> ? 0 : a.rows * a.width) {}

@@ -150,14 +150,18 @@ INLINE vec sum_lanes_of_each(vec (&rows)[LANES]) {
 }
 
 // Integers: lanes meet those DISTANCE away, half as far each time, until every lane holds the whole.
+template <int DISTANCE>
+constexpr int lane_away(int lane) {
+  return lane ^ DISTANCE;
+}
 template <int DISTANCE, class Fold>
 INLINE ivec fold_all_lanes(ivec v, Fold fold) {
   if constexpr (DISTANCE == 0) {
     return v;
   } else {
-    ivec other;
-    for (int i = 0; i < LANES; ++i) other[i] = i ^ DISTANCE;
-    return fold_all_lanes<DISTANCE / 2>(fold(v, __builtin_shuffle(v, other)), fold);
+    const vec lanes = bits_of<vec>(v);
+    const ivec others = bits_of<ivec>(shuffle<lane_away<DISTANCE>>(lanes, lanes));
+    return fold_all_lanes<DISTANCE / 2>(fold(v, others), fold);
   }
 }
 INLINE int32_t sum_lanes(ivec v) {
@@ -332,11 +336,9 @@ INLINE void store_weights(bfloat16* p, vec v) {
 }
 // The same side by side: what add_pair_products takes.
 INLINE vec round_to_pairs(vec even, vec odd) {
-  using words = vector_of<uint16_t, 2 * LANES>::type;
-  const words halves = words(_mm512_cvtne2ps_pbh(__m512(odd), __m512(even)));
-  words lanes;
+  hpair lanes;
   for (int i = 0; i < 2 * LANES; ++i) lanes[i] = uint16_t(i / 2 + (i % 2) * LANES);
-  return vec(__builtin_shuffle(halves, lanes));
+  return vec(_mm512_permutexvar_epi16(__m512i(lanes), __m512i(_mm512_cvtne2ps_pbh(__m512(odd), __m512(even)))));
 }
 #else
 constexpr bool HAS_BFLOAT16_PAIRS = false;

@@ -76,10 +76,11 @@ inline void set_options(AttentionProblem& p, const AttentionOptions& o) {
   p.window_left = o.window_left, p.window_right = o.window_right;
   p.scale = float(o.scale), p.softcap = float(o.softcap);
   p.sinks = floats_at(o.sinks, "sinks");
-  STD_TORCH_CHECK(p.sinks == nullptr || (o.sinks->numel() == p.H && o.sinks->is_contiguous()),
+  // Not by the pointers: those of an empty tensor are null too.
+  STD_TORCH_CHECK(!o.sinks.has_value() || (o.sinks->numel() == p.H && o.sinks->is_contiguous()),
                   "sinks: expected a contiguous tensor of shape (H)");
   p.alibi_slopes = floats_at(o.alibi_slopes, "alibi_slopes");
-  if (p.alibi_slopes != nullptr) {
+  if (o.alibi_slopes.has_value()) {
     const int64_t axes = o.alibi_slopes->dim();
     STD_TORCH_CHECK(
         (axes == 1 || (axes == 2 && o.alibi_slopes->size(0) == p.B)) && o.alibi_slopes->size(axes - 1) == p.H,

@@ -53,7 +53,7 @@ def check(
     eps: float,
 ) -> None:
     """Raises TypeError or ValueError for arguments that don't fit."""
-    contract.check_floating(x=x, residual=residual, weight=weight, bias=bias)
+    contract.check_floating({"weight": weight, "bias": bias}, x=x, residual=residual)
     contract.check_rows(x)
     contract.check_shape(x.shape, "the shape of x", residual=residual)
     contract.check_dtype(x, "x + residual", or_float32=True, weight=weight, bias=bias)

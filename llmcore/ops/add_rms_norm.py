@@ -42,7 +42,7 @@ def reference(
 
 def check(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float) -> None:
     """Raises TypeError or ValueError for arguments that don't fit."""
-    contract.check_floating(x=x, residual=residual, weight=weight)
+    contract.check_floating({"weight": weight}, x=x, residual=residual)
     contract.check_rows(x)
     contract.check_shape(x.shape, "the shape of x", residual=residual)
     contract.check_dtype(x, "x + residual", or_float32=True, weight=weight)

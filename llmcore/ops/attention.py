@@ -81,7 +81,8 @@ def check(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Extra, options: Options
 ) -> None:
     """Raises TypeError or ValueError for arguments that don't fit."""
-    contract.check_floating(q=q, k=k, v=v, sinks=extra.sinks, alibi_slopes=extra.alibi_slopes)
+    optional = {"sinks": extra.sinks, "alibi_slopes": extra.alibi_slopes}
+    contract.check_floating(optional, q=q, k=k, v=v)
     contract.check_dtype(q, "q", k=k, v=v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != 4:

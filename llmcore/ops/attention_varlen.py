@@ -90,9 +90,13 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Ends, options
         raise ValueError(
             f"v: got shape {tuple(v.shape)}, expected {tuple(k.shape[:2])} and Dv, as k"
         )
-    if not isinstance(ends.q, torch.Tensor) or ends.q.ndim != 1 or ends.q.shape[0] == 0:
-        got = tuple(ends.q.shape) if isinstance(ends.q, torch.Tensor) else type(ends.q).__name__
-        raise ValueError(f"cu_seqlens_q: got {got}, expected a tensor of shape (B + 1,)")
+    for name, end in (("cu_seqlens_q", ends.q), ("cu_seqlens_k", ends.k)):
+        if not isinstance(end, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(end).__name__}")
+    if ends.q.ndim != 1 or ends.q.shape[0] == 0:
+        raise ValueError(
+            f"cu_seqlens_q: got {tuple(ends.q.shape)}, expected a tensor of shape (B + 1,)"
+        )
     why = "(B + 1,), as cu_seqlens_q"
     contract.check_integers(q, "q", ends.q.shape, why, cu_seqlens_q=ends.q, cu_seqlens_k=ends.k)
     check_options(options)

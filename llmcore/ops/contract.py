@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -31,17 +31,20 @@ def promote(x: Any, y: Any) -> tuple[Any, Any]:
     return x.to(dtype), y.to(dtype)
 
 
-def check_floating(**tensors: torch.Tensor | None) -> None:
-    """Each given tensor must be a tensor of a floating dtype the ops take, all on one device.
+def check_floating(
+    optional: Mapping[str, torch.Tensor | None] | None = None, /, **tensors: torch.Tensor
+) -> None:
+    """Each must be a tensor of a floating dtype the ops take, all on one device.
+
+    Those in `optional` may be None.
 
     Raises:
         TypeError: not a tensor, or another dtype.
         ValueError: another device than the first one's.
     """
     first_name, first = "", None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
+    given = {name: t for name, t in (optional or {}).items() if t is not None}
+    for name, tensor in {**tensors, **given}.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATS:

@@ -56,7 +56,7 @@ def check(
     eps: float = 1e-5,
 ) -> None:
     """Raises TypeError or ValueError for arguments that don't fit."""
-    contract.check_floating(x=x, weight=weight, bias=bias)
+    contract.check_floating({"weight": weight, "bias": bias}, x=x)
     contract.check_rows(x)
     contract.check_dtype(x, "x", or_float32=True, weight=weight, bias=bias)
     contract.check_shape(x.shape[-1:], "the last axis of x", weight=weight, bias=bias)

@@ -71,7 +71,7 @@ def check(
     x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None = None
 ) -> None:
     """Raises TypeError or ValueError for arguments that don't fit."""
-    contract.check_floating(x=x, bias=bias)
+    contract.check_floating({"bias": bias}, x=x)
     contract.check_rows(x)
     contract.check_dtype(x, "x", or_float32=True, bias=bias)
     if not isinstance(weight, PackedWeight):
@@ -316,5 +316,7 @@ def linear(
     return kernel.forward(*args)
 
 
-def _tensors(weight: torch.Tensor | PackedWeight) -> tuple[torch.Tensor, ...]:
-    return (weight,) if isinstance(weight, torch.Tensor) else ()
+def _tensors(weight: torch.Tensor | PackedWeight) -> tuple[torch.Tensor | None, ...]:
+    if isinstance(weight, torch.Tensor):
+        return (weight,)
+    return weight.values, weight.scales, weight.minimums

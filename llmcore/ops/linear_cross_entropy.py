@@ -65,7 +65,7 @@ def check(
     options: LossOptions,
 ) -> None:
     """Raises TypeError or ValueError for arguments that don't fit."""
-    contract.check_floating(x=x, weight=weight, bias=bias)
+    contract.check_floating({"bias": bias}, x=x, weight=weight)
     contract.check_rows(x)
     contract.check_dtype(x, "x", weight=weight)
     contract.check_dtype(x, "x", or_float32=True, bias=bias)

@@ -71,9 +71,8 @@ def check(
 ) -> None:
     """Raises TypeError or ValueError for arguments that don't fit."""
     extra = pages.extra
-    contract.check_floating(
-        q=q, k_pages=k_pages, v_pages=v_pages, sinks=extra.sinks, alibi_slopes=extra.alibi_slopes
-    )
+    optional = {"sinks": extra.sinks, "alibi_slopes": extra.alibi_slopes}
+    contract.check_floating(optional, q=q, k_pages=k_pages, v_pages=v_pages)
     contract.check_dtype(q, "q", k_pages=k_pages, v_pages=v_pages)
     for name, tensor in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages)):
         if tensor.ndim != 4:
@@ -91,6 +90,8 @@ def check(
             "Dv, as k_pages"
         )
     table = pages.table
+    if table is None:
+        raise TypeError("page_table: expected a tensor, got NoneType")
     columns = table.shape[-1] if isinstance(table, torch.Tensor) and table.ndim else 0
     why = "(B, M), a row for each sequence of q"
     contract.check_integers(q, "q", (q.shape[0], columns), why, page_table=table)

@@ -44,7 +44,7 @@ def reference(
 
 def check(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6) -> None:
     """Raises TypeError or ValueError for arguments that don't fit."""
-    contract.check_floating(x=x, weight=weight)
+    contract.check_floating({"weight": weight}, x=x)
     contract.check_rows(x)
     contract.check_dtype(x, "x", or_float32=True, weight=weight)
     contract.check_shape(x.shape[-1:], "the last axis of x", weight=weight)

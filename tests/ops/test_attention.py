@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmcore import ops
+from llmcore import native, ops
 from llmcore.ops.attention_definition import kept, mix
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -575,3 +575,13 @@ def test_attention_huge_windows_and_offsets() -> None:
     assert not ops.attention(q, k, v, causal=True, q_offset=-(2**63)).any()
     far_back = torch.tensor([-(2**62)])
     assert not ops.attention(q, k, v, causal=True, q_offset=far_back).any()
+
+
+@pytest.mark.skipif(native.module is None, reason=native.why_not)
+def test_attention_raw_backward_refuses_empty_sinks() -> None:
+    """Their pointer is null, as that of no sinks is, and their gradient was asked for."""
+    q, k, v = qkv()
+    rest: Any = (None, None, None, torch.empty(0), None, None, None, False, -1, -1, 0.25, 0.0, 0.0)
+    backward = native.bind("attention_backward", native.BEST_LEVEL)
+    with pytest.raises(RuntimeError, match="sinks: expected"):
+        backward(q, None, q, torch.zeros(q.shape[:3]), q, k, v, *rest)

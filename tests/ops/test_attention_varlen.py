@@ -142,13 +142,14 @@ def test_attention_varlen_errors() -> None:
             r"cu_seqlens_q: got \(\), expected a tensor of shape \(B \+ 1,\)",
             (q, k, v, where[0][0], where[1]),
         ),
-        ("cu_seqlens_q: got list", (q, k, v, [0, 3], where[1])),
         (r"cu_seqlens_k: got shape \(4,\)", (q, k, v, where[0], where[1][:-1])),
         ("cu_seqlens_k: on meta", (q, k, v, where[0], where[1].to("meta"))),
     )
     for match, args in calls:
         with pytest.raises(ValueError, match=match):
             ops.attention_varlen(*args)
+    with pytest.raises(TypeError, match="cu_seqlens_q: expected a tensor, got list"):
+        ops.attention_varlen(q, k, v, [0, 3], where[1])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"cu_seqlens_q: got torch.float32"):
         ops.attention_varlen(q, k, v, where[0].float(), where[1])
     with pytest.raises(ValueError, match="window: got"):

@@ -78,6 +78,16 @@ def test_linear_autocast() -> None:
 
 
 @formats
+def test_linear_out_apart_from_a_packed_weight(format: str) -> None:
+    """What a product reads must not be overwritten by it."""
+    packed = llmcore.pack(torch.randn(16, 16), format, 16)
+    room = packed.values if packed.scales is None else packed.scales[0]
+    x = torch.randn(16 if packed.scales is None else 1, 16, dtype=room.dtype)
+    with pytest.raises(ValueError, match="out: overlaps the memory of an input"):
+        ops.linear(x, packed, out=room)
+
+
+@formats
 def test_linear_packed_is_linear_of_the_dequantized(format: str) -> None:
     x, bias = torch.randn(5, 64), torch.randn(9)
     packed = llmcore.pack(torch.randn(9, 64), format)

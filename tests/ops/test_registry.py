@@ -295,6 +295,17 @@ def test_registry_errors_name_the_argument(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPS)
+def test_registry_no_tensor_is_an_error(name: str) -> None:
+    """None in place of each tensor that an op cannot do without."""
+    op = REGISTRY[name]
+    args, options = tiny()[name][0].cast(torch.float32)
+    for i, parameter in enumerate(list(inspect.signature(op.function).parameters.values())):
+        if i < len(args) and parameter.default is inspect.Parameter.empty:
+            with pytest.raises(TypeError, match=rf"{parameter.name}: .*\bNoneType"):
+                op.function(*args[:i], None, *args[i + 1 :], **options)
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_registry_float64_runs_on_the_definition(name: str) -> None:
     args, options = tiny()[name][0].cast(torch.float64)
     op = REGISTRY[name]
