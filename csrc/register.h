@@ -1,9 +1,6 @@
 // How an op's file in register/ reads tensors: checks that keep a kernel inside its memory, and dtype codes.
 #pragma once
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -71,30 +68,12 @@ struct Parameter {
   Dtype dtype = Dtype::float32;
 };
 
-// Asks for huge pages in a fresh tensor's memory where it is surely mapped anew (malloc does so from 32 MiB on): a page
-// fault for each 4 KiB takes longer than the kernel. Copying 48 MiB into such memory takes 18 ms, with huge pages 4.5
-// to 8.4 (Zen 4, 2 cores). Where the system has none to give, nothing changes.
-inline void ask_for_huge_pages(const Tensor& t) {
-#if defined(__linux__)
-  constexpr uintptr_t MAPPED_ANEW = 32 << 20, HUGE_PAGE = 2 << 20;
-  const uintptr_t bytes = uintptr_t(t.numel()) * t.element_size();
-  if (bytes < MAPPED_ANEW) return;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t first = (start + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-  madvise(reinterpret_cast<void*>(first), (start + bytes - first) / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
-#else
-  (void)t;
-#endif
-}
-
 // A fresh CPU tensor, `strides` in elements. By the C shim itself: the dispatcher's new_empty takes a microsecond more.
 inline Tensor fresh(int64_t axes, const int64_t* sizes, const int64_t* strides, int32_t type) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(axes, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &handle));
-  const Tensor made(handle);
-  ask_for_huge_pages(made);
-  return made;
+  return Tensor(handle);
 }
 inline int32_t code_of(ScalarType type) {
   return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));

@@ -25,11 +25,10 @@ struct Silu {
 
 // x * Phi(x); its slope is Phi(x) + x * exp(-x^2 / 2) / sqrt(2 pi).
 struct Gelu {
-  INLINE vec value(vec x) const { return x * normal_distribution(x, exp(x * x * -0.5f)); }
+  INLINE vec value(vec x) const { return x * normal_of(x).distribution; }
   INLINE Activated both(vec x) const {
-    const vec density = exp(x * x * -0.5f);
-    const vec phi = normal_distribution(x, density);
-    return {x * phi, fma(x, density * 0.398942280f, phi)};
+    const auto [phi, e] = normal_of(x);
+    return {x * phi, fma(x, e * 0.398942280f, phi)};
   }
 };
 

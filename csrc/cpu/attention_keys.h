@@ -163,7 +163,7 @@ INLINE vec load_words(const T* from, int64_t left) {
 }
 
 // Fetches the rows from `rows` on in memory's order, a vector of words at a time: for loads that take a line of each
-// row in turn, which no hardware foresees (from DRAM, decoding was 1.8 times as fast with it).
+// row in turn, which no hardware foresees.
 template <class T>
 struct EarlyFetch {
   const T* const* rows;

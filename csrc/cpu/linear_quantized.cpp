@@ -20,8 +20,7 @@ constexpr int PANEL_VECS = PANEL / LANES;
 constexpr int BLOCK = 4 * PANEL;          // bytes
 constexpr int TILE_ROWS = REGISTERS / 4;  // sums in int32 and in float32 fill half of the registers
 constexpr int64_t ROW_BLOCK = 64;
-// Bytes ahead, into the second cache and into the first. The hardware's own prefetching ends with each page of 4096:
-// with these one row of a weight in memory gains 10 %, 8 rows 15 %.
+// Bytes ahead, into the second cache and into the first. The hardware's own prefetching ends with each page of 4096.
 constexpr int64_t PREFETCH_FAR = 8192, PREFETCH_NEAR = 1024;
 
 // The rows of the tile that begins at `row`: TILE_ROWS as long as there are as many, then 4, 2, 1.
@@ -273,7 +272,7 @@ bool forward(const LinearQuantizedForward& a) {
   round_rows(static_cast<const T*>(a.x), x);
 
   const int64_t panels = (a.N + PANEL - 1) / PANEL, row_blocks = (a.M + ROW_BLOCK - 1) / ROW_BLOCK;
-  // A task is a thread's share, in one stream (8 tasks each cost 10 to 25 % of one row of a small weight), or 4M
+  // A task is a thread's share, in one stream (each further one starts with no line fetched ahead), or 4M
   // weights of a larger share, so that the threads end together whatever else the machine does.
   const int64_t threads = runtime.threads(), share = panels / threads + (panels % threads != 0 || panels == 0);
   const int64_t most = (int64_t{4} << 20) / (PANEL * (a.K + 1)) + 1;

@@ -17,10 +17,39 @@ INLINE float exponentials_of(const T* x, float* exponentials, int64_t width, flo
   });
 }
 
-// dx = y * (dy - sum(dy * y)) * scale; with `more` the next rows of dy and y are asked for.
+// sum(a * b)
+template <class T>
+INLINE float dot_of_rows(int64_t width, const T* a, const T* b) {
+  return sum_over_row(width, [](vec v, vec w) { return v * w; }, a, b);
+}
+// Pairs of bfloat16 are multiplied as they lie in memory, which spares widening them.
+INLINE float dot_of_rows(int64_t width, const bfloat16* a, const bfloat16* b) {
+  constexpr int CHAINS = 4, PAIRS = 2 * LANES;
+  vec sum[CHAINS] = {};
+  int64_t i = 0;
+  for (; i + CHAINS * PAIRS <= width; i += CHAINS * PAIRS) {
+#pragma GCC unroll 4
+    for (int c = 0; c < CHAINS; ++c) {
+      vec v, w;
+      std::memcpy(&v, a + i + c * PAIRS, sizeof v);
+      std::memcpy(&w, b + i + c * PAIRS, sizeof w);
+      sum[c] = add_pair_products(sum[c], v, w);
+    }
+  }
+  for (; i < width; i += PAIRS) {
+    const size_t bytes = size_t(width - i < PAIRS ? width - i : PAIRS) * sizeof(bfloat16);
+    vec v = {}, w = {};
+    std::memcpy(&v, a + i, bytes);
+    std::memcpy(&w, b + i, bytes);
+    sum[0] = add_pair_products(sum[0], v, w);
+  }
+  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// dx = y * (dy - sum(dy * y)) * scale; with `more` the next row of dy is asked for.
 template <class T>
 INLINE void softmax_backward_row(const T* dy, const T* y, const Output<T>& dx, int64_t width, float scale, bool more) {
-  const float dot = sum_over_row(width, [](vec g, vec p) { return g * p; }, dy, y);
+  const float dot = dot_of_rows(width, dy, y);
   const T* next = more ? dy + width : nullptr;
   map_row_before(next, dx, width, [=](vec g, vec p) { return p * (g - dot) * scale; }, dy, y);
 }

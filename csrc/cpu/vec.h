@@ -94,6 +94,8 @@ INLINE vec min(vec a, vec b) {
 #endif
 }
 
+INLINE vec absolute(vec v) { return bits_of<vec>(bits_of<uvec>(v) & 0x7fffffffu); }
+
 // Lanes are folded in halves, the same order at every call.
 template <int N, class Fold>
 INLINE float fold_lanes(typename vector_of<float, N>::type v, Fold fold) {
@@ -171,7 +173,15 @@ INLINE int32_t max_lanes(ivec v) {
   return fold_all_lanes<LANES / 2>(v, [](ivec a, ivec b) __attribute__((always_inline)) { return a > b ? a : b; })[0];
 }
 
-INLINE vec from_bits(hvec h, bfloat16) { return bits_of<vec>(__builtin_convertvector(h, uvec) << 16); }
+// (Of vectors of 256 bits GCC widens each half by itself.)
+INLINE uvec widened(hvec h) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return uvec(_mm256_cvtepu16_epi32(__m128i(h)));
+#else
+  return __builtin_convertvector(h, uvec);
+#endif
+}
+INLINE vec from_bits(hvec h, bfloat16) { return bits_of<vec>(widened(h) << 16); }
 
 #if defined(__AVX512F__)
 INLINE bool has_subnormals(vec v) { return _mm512_fpclass_ps_mask(__m512(v), 0x20) != 0; }
@@ -194,7 +204,12 @@ INLINE hvec to_bits(vec v, bfloat16) {
 #if defined(__AVX512BF16__)
   if (!has_subnormals(v)) return hvec(_mm512_cvtneps_pbh(__m512(v)));  // which takes them for 0
 #endif
-  return __builtin_convertvector(bfloat16_above(v) >> 16, hvec);
+  const uvec bits = bfloat16_above(v) >> 16;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return hvec(_mm_packus_epi32(_mm256_castsi256_si128(__m256i(bits)), _mm256_extracti128_si256(__m256i(bits), 1)));
+#else
+  return __builtin_convertvector(bits, hvec);
+#endif
 }
 
 INLINE vec from_bits(hvec h, float16) {
@@ -204,7 +219,7 @@ INLINE vec from_bits(hvec h, float16) {
   return vec(_mm256_cvtph_ps(__m128i(h)));
 #else
   // Shift exponent and mantissa into place, then multiply by 2^112 to mend the bias: exact for subnormals too.
-  const uvec wide = __builtin_convertvector(h, uvec);
+  const uvec wide = widened(h);
   const uvec magnitude = (wide & 0x7fffu) << 13;
   const vec scaled = bits_of<vec>(magnitude) * bits_of<float>(0x77800000u);
   const uvec finite = bits_of<uvec>(scaled);
@@ -344,8 +359,7 @@ INLINE vec round_to_pairs(vec even, vec odd) {
 constexpr bool HAS_BFLOAT16_PAIRS = false;
 INLINE void store_weights(bfloat16* p, vec v) { store(p, v); }
 INLINE vec round_to_pairs(vec even, vec odd) {
-  const uvec low = __builtin_convertvector(to_bits(even, bfloat16{}), uvec);
-  return bits_of<vec>(low | __builtin_convertvector(to_bits(odd, bfloat16{}), uvec) << 16);
+  return bits_of<vec>(widened(to_bits(even, bfloat16{})) | widened(to_bits(odd, bfloat16{})) << 16);
 }
 INLINE vec add_pair_products(vec sum, vec a, vec b) {
   const auto even = [](vec v) { return bits_of<vec>(bits_of<uvec>(v) << 16); };
@@ -398,8 +412,8 @@ INLINE vec round(vec x) {
 #endif
 }
 
-// p * 2^n for whole n and p near 1; lanes whose result is no normal number are marked `tiny` and may give 0. A NaN in p
-// goes through.
+// p * 2^n for whole n and p near 1; lanes whose result is no normal number are marked `tiny` and may give 0. A NaN in
+// both goes through: what n converts to is 0 or the least integer, whose lower bits are 0.
 INLINE vec scale_by_power(vec p, vec n, ivec tiny) {
 #if defined(__AVX512F__)
   (void)tiny;
@@ -407,7 +421,7 @@ INLINE vec scale_by_power(vec p, vec n, ivec tiny) {
 #else
   const ivec exponent = __builtin_convertvector(n, ivec);
   const vec scaled = bits_of<vec>(bits_of<uvec>(p) + (bits_of<uvec>(exponent) << 23));
-  return p == p ? (tiny ? vec{} : scaled) : p;
+  return tiny ? vec{} : scaled;
 #endif
 }
 
@@ -462,7 +476,7 @@ constexpr float TANH_SERIES[6] = {-0.333333304f, 0.13333187f,     -0.0539440281f
 
 // tanh, relative error below 4 ulp: an odd polynomial near zero, where 1 - 2 / (exp(2x) + 1) cancels.
 INLINE vec tanh(vec x) {
-  const vec size = x < 0.0f ? -x : x;
+  const vec size = absolute(x);
   const vec far = 1.0f - 2.0f / (exp(size * 2.0f) + 1.0f);
   const vec square = x * x;
   vec p = broadcast(TANH_SERIES[5]);
@@ -488,16 +502,20 @@ INLINE Sigmoid sigmoid_of(vec x) {
 constexpr float NORMAL_TAIL_P[5] = {0.5f, 0.437250197f, 0.182461292f, 0.0403723717f, 0.00407758262f};
 constexpr float NORMAL_TAIL_Q[6] = {1.0f, 1.67238533f, 1.19928849f, 0.467427671f, 0.101205342f, 0.0102208555f};
 
-// Phi(x) = (1 + erf(x / sqrt(2))) / 2, given exp(-x^2 / 2), which its slope needs too. Its tail is a rational function
+// Phi(x) = (1 + erf(x / sqrt(2))) / 2 and exp(-x^2 / 2), which its slope needs. The tail of Phi is a rational function
 // of degree 4 over 5, fitted to the least maximal relative error, 5.6e-9, so that nothing cancels for negative x
 // either. NaN goes through.
-INLINE vec normal_distribution(vec x, vec exp_of_minus_half_square) {
-  const vec size = min(broadcast(14.0f), x < 0.0f ? -x : x);  // NaN passes: it is the second operand
+struct Normal {
+  vec distribution, exp_of_minus_half_square;
+};
+INLINE Normal normal_of(vec x) {
+  const vec size = min(broadcast(14.0f), absolute(x));  // NaN passes: it is the second operand
+  const vec e = exp_not_positive(x * x * -0.5f);
   vec p = broadcast(NORMAL_TAIL_P[4]), q = broadcast(NORMAL_TAIL_Q[5]);
   for (int i = 3; i >= 0; --i) p = fma(p, size, broadcast(NORMAL_TAIL_P[i]));
   for (int i = 4; i >= 0; --i) q = fma(q, size, broadcast(NORMAL_TAIL_Q[i]));
-  const vec tail = exp_of_minus_half_square * p / q;
-  return x < 0.0f ? tail : 1.0f - tail;
+  const vec tail = e * p / q;
+  return {bits_of<ivec>(x) < 0 ? tail : 1.0f - tail, e};  // by the sign's bit, which needs no comparison
 }
 
 // The even and the odd lanes of the 2 * LANES values of a and b, and back.
