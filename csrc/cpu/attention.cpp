@@ -116,9 +116,7 @@ class Forward {
   // body(next) on every thread, or on this one alone where that is faster.
   template <class F>
   void for_tasks(int64_t count, const F& body) const {
-    if (!is_small_) return parallel_tasks(count, body);
-    int64_t task = 0;
-    body([&] { return task < count ? task++ : int64_t{-1}; });
+    parallel_tasks(count, body, is_small_);
   }
 
   static KeyRange block_range(const Sequence& s, int64_t block) {

@@ -27,11 +27,9 @@ constexpr double LOG2E_EXACT = 1.4426950408889634;
 constexpr float LOG2E = float(LOG2E_EXACT);
 
 template <class T>
-constexpr bool IN_PAIRS = HAS_BFLOAT16_PAIRS && std::is_same_v<T, bfloat16>;
+constexpr int64_t WORD = ProductsOf<T>::VALUES;  // elements in a word
 template <class T>
-using ProductsOf = std::conditional_t<IN_PAIRS<T>, PairProducts, FloatProducts>;
-template <class T>
-constexpr int64_t WORD = IN_PAIRS<T> ? 2 : 1;  // elements in a word
+constexpr bool IN_PAIRS = WORD<T> == 2;
 
 INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 INLINE int64_t padded(int64_t width) { return round_up(width, LANES); }

@@ -12,11 +12,6 @@ namespace {
 
 constexpr int64_t BLOCK = 2048;  // elements of a row that stay in L1 between the two reads, beside as many to come
 
-template <class Arguments>
-LossRule rule_of(const Arguments& a) {
-  return {a.classes, a.ignore_index, a.label_smoothing, a.reduction};
-}
-
 // `more`: another row lies behind this one, and its beginning is asked for.
 template <class T>
 RowSums sums_of(const T* x, int64_t width, bool with_centred, bool more) {

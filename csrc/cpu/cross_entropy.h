@@ -47,6 +47,11 @@ struct LossRule {
   Reduction reduction;
 };
 
+template <class Arguments>
+LossRule rule_of(const Arguments& a) {
+  return {a.classes, a.ignore_index, a.label_smoothing, a.reduction};
+}
+
 // A row's loss; statistics: its maximum and log(sum(exp(x - maximum))). The usual logsumexp, their sum, loses bits
 // where logits are large.
 INLINE float loss_of_row(const LossRule& rule, const RowSums& sums, float target_logit, float* statistics) {

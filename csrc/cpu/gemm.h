@@ -7,8 +7,6 @@
 // matter of its row of A and its column of B alone: not of the rows beside it, nor of the thread.
 #pragma once
 
-#include <type_traits>
-
 #include "gemm_tile.h"
 #include "row.h"
 
@@ -25,14 +23,9 @@ constexpr int64_t SHORT_DEPTH = 128;                                 // lanes
 constexpr int64_t COLUMN_GROUP = LANES < COLUMNS ? COLUMNS : LANES;  // columns of B copied at once
 static_assert(COLUMN_BLOCK % COLUMN_GROUP == 0 && COLUMN_GROUP % COLUMNS == 0);
 
-// bfloat16 meets bfloat16 in pairs where the CPU multiplies those.
-template <class TA, class TB>
-using ProductsOf =
-    std::conditional_t<HAS_BFLOAT16_PAIRS && std::is_same_v<TA, bfloat16> && std::is_same_v<TB, bfloat16>, PairProducts,
-                       FloatProducts>;
 // Lanes of the vectors that `values` neighbours fill.
 template <class Products>
-INLINE int64_t whole_vectors(int64_t values) {
+INLINE int64_t padded_lanes(int64_t values) {
   constexpr int64_t BLOCK = LANES * Products::VALUES;
   return (values + BLOCK - 1) / BLOCK * LANES;
 }
@@ -97,7 +90,7 @@ struct TileRows {
 template <class Products, int TILE, class T>
 void pack_tiles(const Matrix<T>& from, int64_t rows, int64_t values, float* to) {
   constexpr int64_t BLOCK = LANES * Products::VALUES, STEP = TILE * LANES;
-  const int64_t lanes = whole_vectors<Products>(values);
+  const int64_t lanes = padded_lanes<Products>(values);
   const auto row_of_tile = [&](int64_t i) { return to + i / TILE * TILE * lanes + i % TILE * LANES; };
   if (from.depth == 1) {
     for (int64_t i = 0; i < rows; ++i) {
@@ -237,7 +230,7 @@ void multiply_few(const float* a, const Matrix<TB>& b, int64_t rows, int64_t col
   const auto tiles = [&](int64_t c, auto width) {
     const float* block = a;
     for_depth_blocks<Products>(depth, [&](int64_t k, int64_t values) {
-      const int64_t lanes = whole_vectors<Products>(values), after = k + values;
+      const int64_t lanes = padded_lanes<Products>(values), after = k + values;
       const int64_t next = after < depth ? values : decltype(width)::value * b.row - k;
       const TileRows<TB> right{b.at(c, k), b.row, LANES * Products::VALUES, next};
       for (int64_t r = 0; r < rows; r += ROWS) {
@@ -256,7 +249,7 @@ template <class Products, class TA, class TB>
 void multiply_many(const Matrix<TA>& a, const Matrix<TB>& b, int64_t rows, int64_t columns, int64_t depth,
                    const GemmWorkspace& w) {
   for_depth_blocks<Products>(depth, [&](int64_t k, int64_t values) {
-    const int64_t lanes = whole_vectors<Products>(values);
+    const int64_t lanes = padded_lanes<Products>(values);
     pack_tiles<Products, ROWS>(a.from(0, k), rows, values, w.rows);
     for (int64_t group = 0; group < columns; group += COLUMN_GROUP) {
       const int64_t end = columns - group < COLUMN_GROUP ? columns : group + COLUMN_GROUP;
@@ -326,13 +319,13 @@ bool gemm(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matrix<TB>
   const int64_t column_blocks = (N + column_step - 1) / column_step;
   Failure no_memory;
   const auto work = [&](const auto& next) {
-    const GemmWorkspace w(row_step, few ? whole_vectors<Products>(K) : DEPTH_BLOCK);
+    const GemmWorkspace w(row_step, few ? padded_lanes<Products>(K) : DEPTH_BLOCK);
     if (!w.memory.ok()) return no_memory.set();
     if (few) {
       float* block = w.rows;
       for_depth_blocks<Products>(K, [&](int64_t k, int64_t values) {
         pack_tiles<Products, ROWS>(a.from(0, k), M, values, block);
-        block += (M + ROWS - 1) / ROWS * ROWS * whole_vectors<Products>(values);
+        block += (M + ROWS - 1) / ROWS * ROWS * padded_lanes<Products>(values);
       });
     }
     for (int64_t task = next(); task >= 0; task = next()) {
@@ -351,12 +344,7 @@ bool gemm(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matrix<TB>
       for (int64_t r = 0; r < rows; ++r) finish(m + r, n, columns, w.sums + r * COLUMN_BLOCK);
     }
   };
-  if (threads == 1) {
-    int64_t task = 0;
-    work([&] { return task < row_blocks * column_blocks ? task++ : int64_t{-1}; });
-  } else {
-    parallel_tasks(row_blocks * column_blocks, work);
-  }
+  parallel_tasks(row_blocks * column_blocks, work, threads == 1);
   return !no_memory.happened();
 }
 

@@ -10,11 +10,6 @@
 namespace llmcore::LLMCORE_LEVEL {
 namespace {
 
-template <class Arguments>
-LossRule rule_of(const Arguments& a) {
-  return {a.classes, a.ignore_index, a.label_smoothing, a.reduction};
-}
-
 template <class T>
 bool forward(const LinearCrossEntropyForward& a) {
   const LossRule rule = rule_of(a);
@@ -103,8 +98,10 @@ class Backward {
     const auto differentiate = [&](int64_t r, int64_t n, int64_t here, float* logits) {
       Gradient* to = gradients() + r * count + n;
       const int64_t target = a_.target[r];
-      if (target == a_.ignore_index)
-        return std::memset(static_cast<void*>(to), 0, size_t(here) * sizeof(Gradient)), void();
+      if (target == a_.ignore_index) {
+        std::memset(static_cast<void*>(to), 0, size_t(here) * sizeof(Gradient));
+        return;
+      }
       if (a_.bias != nullptr) {
         map_row(logits, here, [](vec s, vec b) { return s + b; }, logits, bias_.data() + first + n);
       }

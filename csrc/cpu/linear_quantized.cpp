@@ -287,12 +287,7 @@ bool forward(const LinearQuantizedForward& a) {
     }
   };
   // A second thread pays from about 64k weights.
-  if ((a.M + 7) / 8 * a.N * a.K < 65536) {
-    int64_t task = 0;
-    work([&] { return task < row_blocks * tasks ? task++ : int64_t{-1}; });
-  } else {
-    parallel_tasks(row_blocks * tasks, work);
-  }
+  parallel_tasks(row_blocks * tasks, work, (a.M + 7) / 8 * a.N * a.K < 65536);
   return true;
 }
 

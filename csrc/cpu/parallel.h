@@ -61,15 +61,16 @@ class Failure {
   bool happened_ = false;
 };
 
-// body(next) on every thread, where next() gives each task in [0, count) to exactly one caller, in order, and -1 when
-// there are none left: for tasks of unequal length.
+// body(next) on every thread, or in this one `alone`: next() gives each task in [0, count) to exactly one caller, in
+// order, and -1 when there are none left. For tasks of unequal length.
 template <class F>
-void parallel_tasks(int64_t count, const F& body) {
+void parallel_tasks(int64_t count, const F& body, bool alone = false) {
   int64_t taken = 0;
   const auto next = [&] {
     const int64_t task = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
     return task < count ? task : int64_t{-1};
   };
+  if (alone) return body(next);
   const int64_t threads = count < runtime.threads() ? count : runtime.threads();
   parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) body(next);

@@ -91,6 +91,7 @@ inline void set_options(AttentionProblem& p, const AttentionOptions& o) {
   STD_TORCH_CHECK(
       o.dropout_p == 0 || (o.seed.has_value() && o.seed->numel() == 1 && o.seed->scalar_type() == ScalarType::Long),
       "seed: expected one int64 with dropout");
+  STD_TORCH_CHECK(o.dropout_p >= 0 && o.dropout_p < 1, "dropout_p: expected 0 or more and below 1, got ", o.dropout_p);
   if (o.dropout_p > 0) {
     p.dropout_threshold = uint32_t(o.dropout_p * 4294967296.0);
     p.dropout_seed = *static_cast<const uint64_t*>(o.seed->const_data_ptr());
