@@ -10,7 +10,8 @@ Float32: logits (which no dtype narrower than float32 ever holds), their softmax
 rounded once, into the loss. Each gradient is accumulated in float32 and rounded once.
 A kernel holds a part of the logits at a time; the definition, which is for reading, holds all.
 In torch.autocast x, weight and bias are cast to its dtype, as torch's linear does.
-Edge cases, formula, source: as cross_entropy; C may be 0.
+Edge cases, formula, source: as cross_entropy; C may be 0. NaN or inf in a row of x that is ignored
+does not reach the loss, but the weight's gradient, which is a product with all of x.
 Errors: TypeError for a dtype, ValueError for a shape, a device or an option, IndexError for a
 target that is no class (on the CPU).
 
