@@ -147,6 +147,7 @@ class Backward {
     w.rows = group_ * s.queries;
     if (w.head != head) load_rows(s, g, w);
     w.head = head;
+    if (slot == 0 && a_.dsinks != nullptr) write_sinks(s, g, w);
     std::memset(w.dqueries, 0, size_t(w.rows * wide_) * sizeof(float));
     for (int64_t first = slot * KEY_BLOCK; first < all_keys(s); first += SLOTS * KEY_BLOCK) {
       const KeyRange block = intersect({first, first + KEY_BLOCK}, {0, all_keys(s)});
@@ -158,11 +159,10 @@ class Backward {
     }
   }
 
-  // The rows of a head, and delta = dout . out - dlse of each; the sinks' gradient.
+  // The rows of a head, and delta = dout . out - dlse of each.
   void load_rows(const Sequence& s, int64_t g, Workspace& w) {
     bool finite = true;
     for (int64_t h = g * group_; h < (g + 1) * group_; ++h) {
-      double dsink = 0.0;
       for (int64_t t = 0; t < s.queries; ++t) {
         const int64_t r = (h - g * group_) * s.queries + t, at = s.statistic(h, t);
         finite &= copy_words(query(s, g, r), p_.D, query_scale(p_), w.queries + r * padded(words<T>(p_.D)));
@@ -170,9 +170,7 @@ class Backward {
         copy_words(dout_row(s, g, r), p_.Dv, 1.0f, dout);
         copy_words(s.query_row(static_cast<const T*>(a_.out), a_.out_strides, h, t), p_.Dv, 1.0f, w.out);
         w.deltas[r] = dot_words(dout, w.out) - (a_.dlse == nullptr ? 0.0f : a_.dlse[at]);
-        if (a_.dsinks != nullptr) dsink -= std::exp(double(p_.sinks[h]) - double(a_.lse[at])) * w.deltas[r];
       }
-      if (a_.dsinks != nullptr) a_.dsinks[s.batch * p_.H + h] = float(dsink);
     }
     w.finite_queries = w.query_rows, w.dout_words = w.dout_rows;
     if constexpr (IN_PAIRS<T>) {
@@ -190,6 +188,17 @@ class Backward {
       } else {
         map_row(w.query_rows, w.rows * wide_, finite_or_zero, w.queries);
       }
+    }
+  }
+
+  void write_sinks(const Sequence& s, int64_t g, const Workspace& w) const {
+    const float* delta = w.deltas;
+    for (int64_t h = g * group_; h < (g + 1) * group_; ++h) {
+      double dsink = 0.0;
+      for (int64_t t = 0; t < s.queries; ++t) {
+        dsink -= std::exp(double(p_.sinks[h]) - double(a_.lse[s.statistic(h, t)])) * *delta++;
+      }
+      a_.dsinks[s.batch * p_.H + h] = float(dsink);
     }
   }
 
