@@ -47,11 +47,18 @@ inline Rows rows_of(const Tensor& t, const char* name) {
   return {width == 0 ? 0 : t.numel() / width, width};
 }
 
-inline void check_same(const Tensor& t, const Tensor& like, const char* name, const char* like_name) {
+// `t` has the shape and dtype of `like`, whatever its strides.
+inline bool is_alike(const Tensor& t, const Tensor& like) {
   bool same = t.dim() == like.dim() && t.scalar_type() == like.scalar_type();
   for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
-  STD_TORCH_CHECK(same && t.is_contiguous(), name, ": expected a contiguous tensor of the shape and dtype of ",
-                  like_name);
+  return same;
+}
+inline void check_alike(const Tensor& t, const Tensor& like, const char* name, const char* like_name) {
+  STD_TORCH_CHECK(is_alike(t, like), name, ": expected the shape and dtype of ", like_name);
+}
+inline void check_same(const Tensor& t, const Tensor& like, const char* name, const char* like_name) {
+  STD_TORCH_CHECK(is_alike(t, like) && t.is_contiguous(), name,
+                  ": expected a contiguous tensor of the shape and dtype of ", like_name);
 }
 
 // A contiguous vector of `width` parameters, its pointer and dtype; nothing when it is absent.
@@ -137,13 +144,6 @@ struct StridedRows {
   const void* data;
   int64_t rows, width, stride;
 };
-
-// `t` has the shape and dtype of `like`, whatever its strides.
-inline void check_alike(const Tensor& t, const Tensor& like, const char* name, const char* like_name) {
-  bool same = t.dim() == like.dim() && t.scalar_type() == like.scalar_type();
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
-  STD_TORCH_CHECK(same, name, ": expected the shape and dtype of ", like_name);
-}
 
 // A fresh float32 vector of `width`, or an empty one when it is not wanted.
 inline Tensor float_vector(bool wanted, int64_t width) { return fresh({wanted ? width : 0}, {1}, ScalarType::Float); }

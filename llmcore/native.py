@@ -61,6 +61,11 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
+def fake_into(name: str) -> None:
+    """The same for the raw op <name>_forward_out, which writes into tensors that it is given."""
+    fake(f"{name}_forward_out")(lambda *args: None)
+
+
 def bind(name: str, level: int) -> Callable[..., Any]:
     """A raw op at one level."""
     return functools.partial(op(name), level)

@@ -4,6 +4,7 @@
 // Forward moves 4 elements and does about 7 operations per element, backward moves 4 (3 without dtotal) and does about
 // 13: both are bound by memory. The norm reads the rounded total, so that its bits are those of layer_norm after a
 // plain sum.
+#include "add_norm.h"
 #include "layer_norm.h"
 
 namespace llmcore::LLMCORE_LEVEL {
@@ -13,26 +14,9 @@ template <class T>
 bool forward(const AddLayerNormForward& a) {
   const RowParameter weight(a.weight, a.weight_dtype, a.width, 1.0f), bias(a.bias, a.bias_dtype, a.width, 0.0f);
   if (!weight.ok() || !bias.ok()) return false;
-  const T* x = static_cast<const T*>(a.x);
-  const T* residual = static_cast<const T*>(a.residual);
-  const Output<T> total(a.total, a.rows * a.width, a.total == a.x || a.total == a.residual);
-  const Output<T> y(a.y, a.rows * a.width);
-  Failure no_memory;
-  parallel_rows(a.rows, a.width, [&](int64_t begin, int64_t end) {
-    const Scratch kept(total.past_caches ? GROUP * a.width : 0);
-    if (!kept.ok()) return no_memory.set();
-    for_rows<GROUP>(begin, end, [&](int64_t r, auto count) {
-      const int64_t at = r * a.width, elements = count * a.width;
-      const bool more = r + 2 * count <= end;
-      T* sums = total.past_caches ? reinterpret_cast<T*>(kept.data()) : total.data + at;
-      map_row(sums, elements, [](vec v, vec w) { return v + w; }, x + at, residual + at);
-      layer_norm_rows<count>(sums, weight.data(), bias.data(), y + at, a.width, a.eps,
-                             more ? x + at + elements : nullptr);
-      const T* next = more ? residual + at + elements : nullptr;
-      if (total.past_caches) map_row_before(next, total + at, elements, [](vec v) { return v; }, sums);
-    });
+  return add_and_norm<T>(a, [&](auto count, const T* sums, const Output<T>& y, const T* next) {
+    layer_norm_rows<count>(sums, weight.data(), bias.data(), y, a.width, a.eps, next);
   });
-  return !no_memory.happened();
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
-// C = A B for matrices of any size, an element at a time a dot product: ROWS x COLUMNS sums of vectors along the inner
-// axis stay in registers.
+// C = A B^T for matrices of any size, an element at a time a dot product: ROWS x COLUMNS sums of vectors along the
+// inner axis stay in registers.
 //
 // Many rows are bound by multiply-adds: blocks of both operands are copied into the order in which the tile reads them,
 // A's to L2 and a few columns of B to L1. Few rows are bound by reading B, which then is used where it lies, once. The
 // inner axis is cut into blocks, which end a sum of vectors; an element adds up its blocks in order. So its bits are a
-// matter of its row of A and its column of B alone: not of the rows beside it, nor of the thread.
+// matter of its row of A and its row of B (a column of C) alone: not of the rows beside it, nor of the thread.
 #pragma once
 
 #include "gemm_tile.h"

@@ -6,17 +6,12 @@ namespace {
 
 template <class T, class W>
 bool forward(const LinearForward& a) {
-  const RowParameter bias(a.bias, a.bias_dtype, a.bias == nullptr ? 0 : a.N, 0.0f);
+  const Bias bias(a.bias, a.bias_dtype, a.N);
   if (!bias.ok()) return false;
   const Matrix<T> x{static_cast<const T*>(a.x), a.K, 1};
   const Matrix<W> weight{static_cast<const W*>(a.weight), a.K, 1};
   return gemm<ProductsOf<T, W>>(a.M, a.N, a.K, x, weight, [&](int64_t m, int64_t n, int64_t count, const float* sums) {
-    T* y = static_cast<T*>(a.y) + m * a.N + n;
-    if (a.bias == nullptr) {
-      map_row(y, count, [](vec s) { return s; }, sums);
-    } else {
-      map_row(y, count, [](vec s, vec b) { return s + b; }, sums, bias.data() + n);
-    }
+    bias.add_to(sums, n, count, static_cast<T*>(a.y) + m * a.N + n);
   });
 }
 

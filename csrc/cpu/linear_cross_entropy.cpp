@@ -2,7 +2,7 @@
 //
 // Forward keeps three sums for each row and block of classes, and appends them in order. Backward goes through the
 // classes in chunks: it computes a chunk's logits anew, turns them into their gradient in place, and multiplies that
-// with the weight and with x. It is one product more than with kept logits, for rows * classes / 64 of memory instead
+// with the weight and with x. It is one product more than with kept logits, for rows * classes / 128 of memory instead
 // of rows * classes. All is bound by multiply-adds: 2 * rows * width * classes operations a product.
 #include "cross_entropy.h"
 #include "gemm.h"
@@ -14,13 +14,13 @@ template <class T>
 bool forward(const LinearCrossEntropyForward& a) {
   const LossRule rule = rule_of(a);
   const int64_t blocks = (a.classes + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
-  const RowParameter bias(a.bias, a.bias_dtype, a.bias == nullptr ? 0 : a.classes, 0.0f);
+  const Bias bias(a.bias, a.bias_dtype, a.classes);
   const Scratch peaks(blocks * a.rows), totals(blocks * a.rows), centred(blocks * a.rows), hits(a.rows), losses(a.rows);
   if (!bias.ok() || !peaks.ok() || !totals.ok() || !centred.ok() || !hits.ok() || !losses.ok()) return false;
 
   const Matrix<T> x{static_cast<const T*>(a.x), a.width, 1}, weight{static_cast<const T*>(a.weight), a.width, 1};
   const auto summarise = [&](int64_t r, int64_t first, int64_t count, float* logits) {
-    if (a.bias != nullptr) map_row(logits, count, [](vec s, vec b) { return s + b; }, logits, bias.data() + first);
+    bias.add_to(logits, first, count);
     if (a.target[r] >= first && a.target[r] < first + count) hits.data()[r] = logits[a.target[r] - first];
     RowSums sums;
     sums.peak = max_over_row(count, logits);
@@ -54,8 +54,8 @@ bool forward(const LinearCrossEntropyForward& a) {
 
 // Classes that are taken at once: few enough that their logits are little beside all, in whole vectors.
 int64_t chunk_of(int64_t classes) {
-  const int64_t chunk = (classes / 64 + LANES - 1) / LANES * LANES;
-  return chunk < 256 ? 256 : chunk;
+  const int64_t chunk = (classes / 128 + LANES - 1) / LANES * LANES;
+  return chunk < 128 ? 128 : chunk;
 }
 
 template <class T>
@@ -68,7 +68,7 @@ class Backward {
   explicit Backward(const LinearCrossEntropyBackward& a)
       : a_(a),
         dloss_(rule_of(a), a.dloss, a.target, a.rows),
-        bias_(a.bias, a.bias_dtype, a.bias == nullptr ? 0 : a.classes, 0.0f),
+        bias_(a.bias, a.bias_dtype, a.classes),
         chunk_(chunk_of(a.classes)),
         gradients_(a.rows * chunk_),
         dx_(a.dx == nullptr || std::is_same_v<T, float> ? 0 : a.rows * a.width) {}
@@ -102,9 +102,7 @@ class Backward {
         std::memset(static_cast<void*>(to), 0, size_t(here) * sizeof(Gradient));
         return;
       }
-      if (a_.bias != nullptr) {
-        map_row(logits, here, [](vec s, vec b) { return s + b; }, logits, bias_.data() + first + n);
-      }
+      bias_.add_to(logits, first + n, here);
       const float peak = a_.statistics[2 * r], log_total = a_.statistics[2 * r + 1], dloss = dloss_.at(r);
       const auto p = [=](vec v) { return exp_not_positive((v - peak) - log_total); };
       map_row(to, here, [=](vec v) { return (p(v) - even) * dloss; }, logits);
@@ -139,7 +137,7 @@ class Backward {
 
   const LinearCrossEntropyBackward& a_;
   LossGradient<T> dloss_;
-  RowParameter bias_;
+  Bias bias_;
   int64_t chunk_;
   Scratch gradients_, dx_;
 };

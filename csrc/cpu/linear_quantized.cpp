@@ -245,7 +245,7 @@ INLINE Panel panel_of(const LinearQuantizedForward& a, int64_t p) {
 
 // Rows [row, end) of the outputs of panel p.
 template <class T, class Weights>
-void multiply_panel(const LinearQuantizedForward& a, const RoundedRows& x, const float* bias, int64_t p, int64_t row,
+void multiply_panel(const LinearQuantizedForward& a, const RoundedRows& x, const Bias& bias, int64_t p, int64_t row,
                     int64_t end) {
   const Panel panel = panel_of(a, p);
   const int64_t n = p * PANEL, outputs = a.N - n < PANEL ? a.N - n : PANEL;
@@ -254,19 +254,14 @@ void multiply_panel(const LinearQuantizedForward& a, const RoundedRows& x, const
     any_tile<Weights>(x, row, panel, sums);
     const int64_t tile_end = row + rows_of_tile(row, a.M);
     for (const float* from = sums; row < tile_end; ++row, from += PANEL) {
-      T* y = static_cast<T*>(a.y) + row * a.N + n;
-      if (bias == nullptr) {
-        map_row(y, outputs, [](vec s) { return s; }, from);
-      } else {
-        map_row(y, outputs, [](vec s, vec b) { return s + b; }, from, bias + n);
-      }
+      bias.add_to(from, n, outputs, static_cast<T*>(a.y) + row * a.N + n);
     }
   }
 }
 
 template <class T, class Weights>
 bool forward(const LinearQuantizedForward& a) {
-  const RowParameter bias(a.bias, a.bias_dtype, a.bias == nullptr ? 0 : a.N, 0.0f);
+  const Bias bias(a.bias, a.bias_dtype, a.N);
   const RoundedRows x(a.M, a.K, a.group, Weights::SURPLUS);
   if (!bias.ok() || !x.memory.ok()) return false;
   round_rows(static_cast<const T*>(a.x), x);
@@ -282,7 +277,7 @@ bool forward(const LinearQuantizedForward& a) {
       const int64_t row = task / tasks * ROW_BLOCK, row_end = a.M - row < ROW_BLOCK ? a.M : row + ROW_BLOCK;
       const int64_t first = task % tasks * in_task, end = panels - first < in_task ? panels : first + in_task;
       for (int64_t p = first; p < end; ++p) {
-        multiply_panel<T, Weights>(a, x, a.bias == nullptr ? nullptr : bias.data(), p, row, row_end);
+        multiply_panel<T, Weights>(a, x, bias, p, row, row_end);
       }
     }
   };

@@ -228,6 +228,32 @@ class RowParameter {
   const float* data_;
 };
 
+// A bias that may be absent: then nothing is added, where a row of zeros would be read.
+class Bias {
+ public:
+  Bias(const void* values, Dtype dtype, int64_t width)
+      : parameter_(values, dtype, values == nullptr ? 0 : width, 0.0f), present_(values != nullptr) {}
+  bool ok() const { return parameter_.ok(); }
+
+  // y[i] = sums[i] + the bias from `first` on, rounded once; y may be sums.
+  template <class T>
+  void add_to(const float* sums, int64_t first, int64_t count, T* y) const {
+    if (present_) {
+      map_row(y, count, [](vec s, vec b) { return s + b; }, sums, parameter_.data() + first);
+    } else {
+      map_row(y, count, [](vec s) { return s; }, sums);
+    }
+  }
+  // The same in place.
+  void add_to(float* sums, int64_t first, int64_t count) const {
+    if (present_) add_to(sums, first, count, sums);
+  }
+
+ private:
+  RowParameter parameter_;
+  bool present_;
+};
+
 // Rows are cut into a number of blocks that depends on nothing but their count.
 INLINE int64_t row_blocks(int64_t rows) { return rows < 64 ? rows : 64; }
 

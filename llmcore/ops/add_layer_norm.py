@@ -109,18 +109,7 @@ def _(
     return torch.empty_like(total), total
 
 
-@native.fake("add_layer_norm_forward_out")
-def _(
-    level: int,
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    y: torch.Tensor,
-    total: torch.Tensor,
-) -> None:
-    return None
+native.fake_into("add_layer_norm")
 
 
 @native.fake("add_layer_norm_backward")

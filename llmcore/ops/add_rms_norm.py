@@ -89,17 +89,7 @@ def _(
     return torch.empty_like(total), total
 
 
-@native.fake("add_rms_norm_forward_out")
-def _(
-    level: int,
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    y: torch.Tensor,
-    total: torch.Tensor,
-) -> None:
-    return None
+native.fake_into("add_rms_norm")
 
 
 @native.fake("add_rms_norm_backward")

@@ -94,16 +94,7 @@ def _(
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@native.fake("layer_norm_forward_out")
-def _(
-    level: int,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    out: torch.Tensor,
-) -> None:
-    return None
+native.fake_into("layer_norm")
 
 
 @native.fake("layer_norm_backward")

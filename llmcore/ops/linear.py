@@ -151,15 +151,7 @@ def _(
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@native.fake("linear_forward_out")
-def _(
-    level: int,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
-    return None
+native.fake_into("linear")
 
 
 @native.fake("linear_backward")
@@ -190,18 +182,7 @@ def _(
     return x.new_empty(*x.shape[:-1], outputs)
 
 
-@native.fake("linear_quantized_forward_out")
-def _(
-    level: int,
-    x: torch.Tensor,
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    minimums: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    outputs: int,
-    out: torch.Tensor,
-) -> None:
-    return None
+native.fake_into("linear_quantized")
 
 
 def with_contract_arguments(plain: Candidate, quantized: Candidate) -> Candidate:

@@ -131,16 +131,7 @@ def _(
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@native.fake("masked_softmax_forward_out")
-def _(
-    level: int,
-    x: torch.Tensor,
-    mask: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    out: torch.Tensor,
-) -> None:
-    return None
+native.fake_into("masked_softmax")
 
 
 @native.fake("masked_softmax_backward")

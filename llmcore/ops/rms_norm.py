@@ -68,11 +68,7 @@ def _(level: int, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> t
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@native.fake("rms_norm_forward_out")
-def _(
-    level: int, x: torch.Tensor, weight: torch.Tensor | None, eps: float, out: torch.Tensor
-) -> None:
-    return None
+native.fake_into("rms_norm")
 
 
 @native.fake("rms_norm_backward")

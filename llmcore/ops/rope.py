@@ -103,16 +103,7 @@ def _(
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@native.fake("rope_forward_out")
-def _(
-    level: int,
-    x: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    interleaved: bool,
-    out: torch.Tensor,
-) -> None:
-    return None
+native.fake_into("rope")
 
 
 @native.fake("rope_backward")

@@ -52,9 +52,7 @@ def _(level: int, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(gate, memory_format=torch.contiguous_format)
 
 
-@native.fake("swiglu_forward_out")
-def _(level: int, gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> None:
-    return None
+native.fake_into("swiglu")
 
 
 @native.fake("swiglu_backward")
