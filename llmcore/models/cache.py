@@ -10,6 +10,7 @@ every layer store, and commits at its end; a pass that fails half-way leaves the
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ class KVCache:
         self.capacity = min(capacity, config.context_length)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.plan: Any = None  # of the native pass that fills it: models/plan.py
         self._longest = 0
         self._lengths: Tensor | None = None  # None: all sequences have _longest tokens
 

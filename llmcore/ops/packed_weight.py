@@ -22,7 +22,7 @@ Source: Frantar et al., GPTQ, 2022, section 3 (groups); llama.cpp's Q8_0, Q4_0 a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -83,6 +83,25 @@ class PackedWeight:
         if self.minimums is not None:
             weight = weight + _of_outputs(self.minimums).to(dtype)
         return weight.flatten(1)[:rows]
+
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """Some rows of it, indices (...) of integers -> (..., K) float32, exact as dequantize's."""
+        if self.scales is None:
+            return self.values[indices].float()
+        panels, lanes = indices // PANEL, indices % PANEL
+
+        def of_rows(panelled: torch.Tensor) -> torch.Tensor:
+            return panelled[panels, :, lanes]
+
+        quads = of_rows(self.values).to(torch.int32)
+        if self.format == "int4":
+            quads = torch.stack((quads & 15, quads >> 4), -2)
+        offset = 0 if self.minimums is not None else ZERO[self.format]
+        groups = (quads.flatten(indices.ndim) - offset).float().unflatten(-1, (-1, self.group))
+        weight = groups * of_rows(self.scales).float()[..., None]
+        if self.minimums is not None:
+            weight = weight + of_rows(self.minimums).float()[..., None]
+        return weight.flatten(-2)
 
     def to(self, device: torch.device | str, dtype: object = None) -> PackedWeight:
         """The same weight on another device; a dtype is passed over, the format says it."""
@@ -188,6 +207,15 @@ def _error(packed: torch.Tensor, weight: torch.Tensor) -> float:
     """|packed - weight| / |weight|; 0 where nothing was lost."""
     loss = torch.linalg.vector_norm(packed - weight, dtype=torch.float64).item()
     return loss and loss / torch.linalg.vector_norm(weight, dtype=torch.float64).item()
+
+
+class Integers(NamedTuple):
+    """A quantised matrix, the arguments of `from_integers`; rows stand for outputs in all three."""
+
+    format: str
+    q: torch.Tensor
+    scales: torch.Tensor
+    minimums: torch.Tensor | None = None
 
 
 def from_integers(
