@@ -41,6 +41,43 @@ struct LayerNormBackwardRows {
   float eps;
 };
 
+// Some elements' mean: at most 4 deviations from that of the row, since they are a sixteenth of it at least.
+template <int R, class T>
+INLINE void near_means(float (&near)[R], const T* x, int64_t width) {
+  const int64_t some = width < 16 ? width : 16 + width / 256 * 16;
+  sum_over_rows(near, some, [=](int r, auto at) { return at(x + r * width); });
+  for (float& n : near) n /= float(some);
+}
+
+struct LayerNormMoments {
+  float mean, scale, mean_g, mean_gu;
+};
+
+// In one pass over x and dy. With the distances s from a value near the mean the variance is E[s^2] - E[s]^2, which
+// cancels no more than 4 bits, however far the row is from zero.
+template <int R, class T>
+INLINE void backward_moments(LayerNormMoments (&moments)[R], const LayerNormBackwardRows& a, const T* dy, const T* x) {
+  const int64_t width = a.width;
+  const float* weight = a.weight;
+  const float count = float(width);
+  float near[R];
+  near_means(near, x, width);
+  Both<Both<float>> sums[R];
+  sum_over_rows(sums, width, [&](int r, auto at) {
+    const vec s = at(x + r * width) - near[r], g = at(dy + r * width) * at(weight);
+    return Both<Both<vec>>{{s, s * s}, {g, g * s}};
+  });
+  for (int r = 0; r < R; ++r) {
+    const float s = sums[r].first.first / count, square = sums[r].first.second / count;
+    const float g = sums[r].second.first / count, gs = sums[r].second.second / count;
+    float variance = square - s * s;
+    if (square == INFINITY) variance = square;  // as the squares overflow, and no NaN
+    if (variance < 0.0f) variance = 0.0f;       // by rounding
+    const float scale = 1.0f / std::sqrt(variance + a.eps);
+    moments[r] = {near[r] + s, scale, g, (gs - s * g) * scale};
+  }
+}
+
 // With g = dy * weight and u the normalised row: dx = (g - mean(g) - u * mean(g * u)) / deviation + added (if any),
 // where dx is not null. R rows, each read from memory once; the next ones are `ahead` elements further.
 template <int R, class T>
@@ -48,20 +85,8 @@ void layer_norm_backward_rows(const LayerNormBackwardRows& a, const T* dy, const
                               const Output<T>& dx, int64_t ahead) {
   const int64_t width = a.width;
   const float* weight = a.weight;
-  const float count = float(width);
-  float mean[R], scale[R], mean_g[R], mean_gu[R];
-  Both<float> sums[R];
-  sum_over_rows(sums, width,
-                [=](int r, auto at) { return Both<vec>{at(x + r * width), at(dy + r * width) * at(weight)}; });
-  for (int r = 0; r < R; ++r) mean[r] = sums[r].first / count, mean_g[r] = sums[r].second / count;
-  sum_over_rows(sums, width, [&](int r, auto at) {
-    const vec centred = at(x + r * width) - mean[r];
-    return Both<vec>{centred * centred, at(dy + r * width) * at(weight) * centred};
-  });
-  for (int r = 0; r < R; ++r) {
-    scale[r] = 1.0f / std::sqrt(sums[r].first / count + a.eps);
-    mean_gu[r] = sums[r].second * scale[r] / count;
-  }
+  LayerNormMoments moments[R];
+  backward_moments(moments, a, dy, x);
 
   for_vectors(width, [&](auto at) {
     const vec w = at(weight);
@@ -70,11 +95,12 @@ void layer_norm_backward_rows(const LayerNormBackwardRows& a, const T* dy, const
     for (int r = 0; r < R; ++r) {
       prefetch_vectors(dy + r * width + ahead + at.i, 1);
       prefetch_vectors(x + r * width + ahead + at.i, 1);
-      const vec g = at(dy + r * width), u = (at(x + r * width) - mean[r]) * scale[r];
+      const auto [mean, scale, mean_g, mean_gu] = moments[r];
+      const vec g = at(dy + r * width), u = (at(x + r * width) - mean) * scale;
       dw = fma(g, u, dw);
       db += g;
       if (dx.data == nullptr) continue;
-      vec d = (g * w - mean_g[r] - u * mean_gu[r]) * scale[r];
+      vec d = (g * w - mean_g - u * mean_gu) * scale;
       if (added != nullptr) d += at(added + r * width);
       at.put(dx.data + r * width, d, dx.past_caches);
     }
@@ -95,7 +121,7 @@ bool layer_norm_backward_over_rows(const LayerNormBackward& a, const T* added_to
   Output<T> dx(a.dx, a.rows * a.width);
   dx.past_caches = dx.rows_past_caches(a.width);
   for_row_blocks(a.rows, [&](int64_t block, int64_t begin, int64_t end) {
-    const LayerNormBackwardRows rows{weight.data(), dweight.partial(block), dbias.partial(block), a.width, a.eps};
+    const LayerNormBackwardRows rows{weight.data(), dweight.zeroed(block), dbias.zeroed(block), a.width, a.eps};
     for_rows<GROUP>(begin, end, [&](int64_t r, auto count) {
       const int64_t at = r * a.width;
       const T* added = added_to_dx == nullptr ? nullptr : added_to_dx + at;
