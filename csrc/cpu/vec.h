@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__SSE2__)
@@ -54,12 +55,25 @@ INLINE To bits_of(From from) {
   return __builtin_bit_cast(To, from);
 }
 
+// (The compiler's own way is through memory, whose two stores a load as wide as both cannot be forwarded from.)
 INLINE hpair joined(hvec low, hvec high) {
+#if defined(__AVX512F__)
+  return hpair(_mm512_inserti64x4(_mm512_castsi256_si512(__m256i(low)), __m256i(high), 1));
+#elif defined(__AVX2__)
+  return hpair(_mm256_set_m128i(__m128i(high), __m128i(low)));
+#else
   struct Halves {
     hvec low, high;
   };
   return bits_of<hpair>(Halves{low, high});
+#endif
 }
+
+#if defined(__AVX2__)
+constexpr bool HAS_FMA = true;
+#else
+constexpr bool HAS_FMA = false;  // fma rounds the product, too
+#endif
 
 INLINE vec broadcast(float x) { return x - vec{}; }  // x - 0 is x for -0 too, and is folded away
 // The only place where a product and a sum are rounded once: the build contracts nothing by itself (-ffp-contract=off),
@@ -96,17 +110,26 @@ INLINE vec min(vec a, vec b) {
 
 INLINE vec absolute(vec v) { return bits_of<vec>(bits_of<uvec>(v) & 0x7fffffffu); }
 
+template <int N>
+struct Halves {
+  typename vector_of<float, N / 2>::type low, high;
+};
+template <int N, size_t... I>
+INLINE Halves<N> halves_of(typename vector_of<float, N>::type v, std::index_sequence<I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return {__builtin_shufflevector(v, v, int(I)...), __builtin_shufflevector(v, v, int(N / 2 + I)...)};
+#else
+  return bits_of<Halves<N>>(v);  // which goes through memory
+#endif
+}
 // Lanes are folded in halves, the same order at every call.
 template <int N, class Fold>
 INLINE float fold_lanes(typename vector_of<float, N>::type v, Fold fold) {
   if constexpr (N == 4) {
     return fold(fold(v[0], v[2]), fold(v[1], v[3]));
   } else {
-    struct Halves {
-      typename vector_of<float, N / 2>::type low, high;
-    };
-    const Halves h = bits_of<Halves>(v);
-    return fold_lanes<N / 2>(fold(h.low, h.high), fold);
+    const Halves<N> halves = halves_of<N>(v, std::make_index_sequence<N / 2>{});
+    return fold_lanes<N / 2>(fold(halves.low, halves.high), fold);
   }
 }
 INLINE float sum_lanes(vec v) {
@@ -173,9 +196,11 @@ INLINE int32_t max_lanes(ivec v) {
   return fold_all_lanes<LANES / 2>(v, [](ivec a, ivec b) __attribute__((always_inline)) { return a > b ? a : b; })[0];
 }
 
-// (Of vectors of 256 bits GCC widens each half by itself.)
+// (GCC widens each half of a vector by itself.)
 INLINE uvec widened(hvec h) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  return uvec(_mm512_cvtepu16_epi32(__m256i(h)));
+#elif defined(__AVX2__)
   return uvec(_mm256_cvtepu16_epi32(__m128i(h)));
 #else
   return __builtin_convertvector(h, uvec);
@@ -368,30 +393,83 @@ INLINE vec add_pair_products(vec sum, vec a, vec b) {
 }
 #endif
 
-// The first n < LANES values, zeros behind them; nothing is read or written past p + n.
+// The first n < LANES values, zeros behind them; nothing is read or written past p + n. Pieces are put together in
+// registers: a buffer that is written in pieces and read as a whole has to reach the cache in between.
+#if defined(__AVX512F__)
+INLINE __mmask16 first_of(int64_t n) { return __mmask16((1u << n) - 1u); }
 template <class T>
 INLINE vec load_partial(const T* p, int64_t n) {
-#if defined(__AVX512F__)
-  const __mmask16 mask = __mmask16((1u << n) - 1u);
-  if constexpr (sizeof(T) == 4) return vec(_mm512_maskz_loadu_ps(mask, p));
-#endif
-  T buffer[LANES] = {};
-  std::memcpy(buffer, p, size_t(n) * sizeof(T));
-  return load(buffer);
+  if constexpr (sizeof(T) == 4) {
+    return vec(_mm512_maskz_loadu_ps(first_of(n), p));
+  } else {
+    return from_bits(hvec(_mm256_maskz_loadu_epi16(first_of(n), p)), T{});
+  }
 }
 template <class T>
 INLINE void store_partial(T* p, vec v, int64_t n) {
-#if defined(__AVX512F__)
-  const __mmask16 mask = __mmask16((1u << n) - 1u);
   if constexpr (sizeof(T) == 4) {
-    _mm512_mask_storeu_ps(p, mask, __m512(v));
-    return;
+    _mm512_mask_storeu_ps(p, first_of(n), __m512(v));
+  } else {
+    _mm256_mask_storeu_epi16(p, first_of(n), __m256i(to_bits(v, T{})));
   }
+}
+#else
+// The first `bytes`, an even number, of eight; zeros behind them.
+INLINE uint64_t partial_word(const void* p, int64_t bytes) {
+  const char* from = static_cast<const char*>(p);
+  if (bytes <= 0) return 0;
+  uint64_t word = 0;
+  if (bytes >= 8) {
+    std::memcpy(&word, from, 8);
+    return word;
+  }
+  const int64_t four = bytes & 4;
+  if (four) {
+    uint32_t low;
+    std::memcpy(&low, from, 4);
+    word = low;
+  }
+  if (bytes & 2) {
+    uint16_t last;
+    std::memcpy(&last, from + four, 2);
+    word |= uint64_t(last) << (8 * four);
+  }
+  return word;
+}
+// Eight bytes, or sixteen.
+INLINE uint64_t partial_words(const void* p, int64_t bytes, uint64_t) { return partial_word(p, bytes); }
+using two_words = vector_of<uint64_t, 2>::type;
+INLINE two_words partial_words(const void* p, int64_t bytes, two_words) {
+  return two_words{partial_word(p, bytes), partial_word(static_cast<const char*>(p) + (bytes > 8 ? 8 : 0), bytes - 8)};
+}
+template <class T>
+INLINE vec load_partial(const T* p, int64_t n) {
+  const int64_t bytes = n * int64_t(sizeof(T));
+  if constexpr (sizeof(T) < 4) {
+    using bits = std::conditional_t<sizeof(hvec) == 8, uint64_t, two_words>;
+    return from_bits(bits_of<hvec>(partial_words(p, bytes, bits{})), T{});
+  }
+#if defined(__AVX2__)
+  ivec lane;
+  for (int i = 0; i < LANES; ++i) lane[i] = i;
+  return vec(_mm256_maskload_ps(reinterpret_cast<const float*>(p), __m256i(lane < int32_t(n))));
+#else
+  return bits_of<vec>(partial_words(p, bytes, two_words{}));
 #endif
+}
+template <class T>
+INLINE void store_partial(T* p, vec v, int64_t n) {
   T buffer[LANES];
   store(buffer, v);
-  std::memcpy(p, buffer, size_t(n) * sizeof(T));
+  const T* from = buffer;
+#pragma GCC unroll 4
+  for (int64_t count = LANES / 2; count >= 1; count /= 2) {
+    if (!(n & count)) continue;
+    std::memcpy(p, from, size_t(count) * sizeof(T));
+    p += count, from += count;
+  }
 }
+#endif
 
 // v in the first n lanes, `fill` behind them.
 INLINE vec first_lanes(vec v, int64_t n, float fill) {
@@ -425,6 +503,18 @@ INLINE vec scale_by_power(vec p, vec n, ivec tiny) {
 #endif
 }
 
+// coefficients[0] + coefficients[1] * x + ...
+template <int N>
+INLINE vec polynomial(const float (&coefficients)[N], vec x) {
+  vec p = broadcast(coefficients[N - 1]);
+#pragma GCC unroll 16
+  for (int i = N - 2; i >= 0; --i) p = fma(p, x, broadcast(coefficients[i]));
+  return p;
+}
+
+constexpr float EXP_SERIES[6] = {1.0f, 1.0f, 0.499992315f, 0.166671146f, 4.18901568e-2f, 8.31252016e-3f};
+constexpr float EXP2_SERIES[6] = {1.0f, 0.693146977f, 0.240222418f, 5.550734e-2f, 9.6715339e-3f, 1.32646999e-3f};
+
 // exp, relative error below 3 ulp on the normal range; exp(-inf) = 0, NaN goes through, results under 2^-126 may be 0,
 // and x above 88.72 counts as 88.72. Range reduction by ln 2 in two parts (Cody and Waite), then a polynomial of degree
 // 5 on [-ln2/2, ln2/2] fitted to the least maximal relative error, 1.05e-7.
@@ -433,24 +523,11 @@ INLINE vec exp(vec x) {
   const vec n = round(clamped * 1.44269504f);
   vec f = fma(n, broadcast(-0.693359375f), clamped);
   f = fma(n, broadcast(2.12194440e-4f), f);
-  vec p = broadcast(8.31252016e-3f);
-  p = fma(p, f, broadcast(4.18901568e-2f));
-  p = fma(p, f, broadcast(0.166671146f));
-  p = fma(p, f, broadcast(0.499992315f));
-  p = fma(p, f, broadcast(1.0f));
-  p = fma(p, f, broadcast(1.0f));
-  return scale_by_power(p, n, x < -87.3365447f);
+  return scale_by_power(polynomial(EXP_SERIES, f), n, x < -87.3365447f);
 }
 
 // 2^f for |f| <= 1/2, relative error below 3 ulp.
-INLINE vec exp2_polynomial(vec f) {
-  vec p = broadcast(1.32646999e-3f);
-  p = fma(p, f, broadcast(9.6715339e-3f));
-  p = fma(p, f, broadcast(5.550734e-2f));
-  p = fma(p, f, broadcast(0.240222418f));
-  p = fma(p, f, broadcast(0.693146977f));
-  return fma(p, f, broadcast(1.0f));
-}
+INLINE vec exp2_polynomial(vec f) { return polynomial(EXP2_SERIES, f); }
 
 // 2^x for x <= 127, relative error below 3 ulp; 2^-inf = 0, NaN goes through, results under 2^-126 may be 0.
 INLINE vec exp2(vec x) {
@@ -462,9 +539,7 @@ INLINE vec exp2(vec x) {
 // exp for x <= 0 (a difference to a maximum), cheaper by the care that larger x take: relative error below 3 ulp for
 // x > -8 and growing to 1.4e-6 at -87; exp(-inf) = 0, NaN goes through, results under 2^-126 may be 0.
 INLINE vec exp_not_positive(vec x) {
-#if !defined(__AVX2__)
-  return exp(x);  // a product that is rounded before the difference would lose bits
-#endif
+  if (!HAS_FMA) return exp(x);                     // a product that is rounded before the difference would lose bits
   const vec clamped = max(broadcast(-104.0f), x);  // NaN passes: it is the second operand
   const vec n = round(clamped * 1.44269504f);
   const vec f = fma(clamped, broadcast(1.44269504f), -n);
@@ -479,9 +554,7 @@ INLINE vec tanh(vec x) {
   const vec size = absolute(x);
   const vec far = 1.0f - 2.0f / (exp(size * 2.0f) + 1.0f);
   const vec square = x * x;
-  vec p = broadcast(TANH_SERIES[5]);
-  for (int i = 4; i >= 0; --i) p = fma(p, square, broadcast(TANH_SERIES[i]));
-  const vec near = fma(x * square, p, x);
+  const vec near = fma(x * square, polynomial(TANH_SERIES, square), x);
   return size < 0.625f ? near : (x < 0.0f ? -far : far);
 }
 
@@ -498,23 +571,40 @@ INLINE Sigmoid sigmoid_of(vec x) {
   return {value, x > 0.0f ? e * value : 1.0f - value};
 }
 
-// P(s) / Q(s) = exp(s^2 / 2) * Phi(-s) on [0, 14], Phi the normal distribution function.
-constexpr float NORMAL_TAIL_P[5] = {0.5f, 0.437250197f, 0.182461292f, 0.0403723717f, 0.00407758262f};
-constexpr float NORMAL_TAIL_Q[6] = {1.0f, 1.67238533f, 1.19928849f, 0.467427671f, 0.101205342f, 0.0102208555f};
+// Of the normal distribution: P(s) / Q(s) = exp(s^2 / 2) * Phi(-s) on [0, 14] and EXP2(f) = 2^f on [-1/2, 1/2], fitted
+// to the least maximal relative error for what the result is rounded to: together 1e-7, or 3e-5 where that is bfloat16.
+template <class T>
+struct NormalSeries {
+  static constexpr float P[5] = {0.5f, 0.437250197f, 0.182461292f, 0.0403723717f, 0.00407758262f};
+  static constexpr float Q[6] = {1.0f, 1.67238533f, 1.19928849f, 0.467427671f, 0.101205342f, 0.0102208555f};
+  static constexpr const float (&EXP2)[6] = EXP2_SERIES;
+};
+template <>
+struct NormalSeries<bfloat16> {
+  static constexpr float P[3] = {0.50001204f, 0.278238803f, 0.0625111237f};
+  static constexpr float Q[4] = {1.0f, 1.35511124f, 0.702525258f, 0.156515628f};
+  static constexpr float EXP2[5] = {0.999999285f, 0.693121791f, 0.240247443f, 5.59178628e-2f, 9.57010128e-3f};
+};
 
-// Phi(x) = (1 + erf(x / sqrt(2))) / 2 and exp(-x^2 / 2), which its slope needs. The tail of Phi is a rational function
-// of degree 4 over 5, fitted to the least maximal relative error, 5.6e-9, so that nothing cancels for negative x
-// either. NaN goes through.
+// Phi(x) = (1 + erf(x / sqrt(2))) / 2 and exp(-x^2 / 2), which its slope needs. The tail of Phi is a rational function,
+// so that nothing cancels for negative x either. NaN goes through.
 struct Normal {
   vec distribution, exp_of_minus_half_square;
 };
+template <class T>
+INLINE vec exp_of_minus_half(vec square) {
+  if (!HAS_FMA) return exp(square * -0.5f);            // as in exp_not_positive
+  constexpr float SCALE = -0.721347520f;               // exp(-s / 2) = 2^(s * this)
+  const vec clamped = min(broadcast(300.0f), square);  // NaN passes: it is the second operand
+  const vec n = round(clamped * SCALE), f = fma(clamped, broadcast(SCALE), -n);
+  return scale_by_power(polynomial(NormalSeries<T>::EXP2, f), n, square > 174.673089f);
+}
+template <class T>
 INLINE Normal normal_of(vec x) {
+  using Series = NormalSeries<T>;
   const vec size = min(broadcast(14.0f), absolute(x));  // NaN passes: it is the second operand
-  const vec e = exp_not_positive(x * x * -0.5f);
-  vec p = broadcast(NORMAL_TAIL_P[4]), q = broadcast(NORMAL_TAIL_Q[5]);
-  for (int i = 3; i >= 0; --i) p = fma(p, size, broadcast(NORMAL_TAIL_P[i]));
-  for (int i = 4; i >= 0; --i) q = fma(q, size, broadcast(NORMAL_TAIL_Q[i]));
-  const vec tail = e * p / q;
+  const vec e = exp_of_minus_half<T>(x * x);
+  const vec tail = e * polynomial(Series::P, size) / polynomial(Series::Q, size);
   return {bits_of<ivec>(x) < 0 ? tail : 1.0f - tail, e};  // by the sign's bit, which needs no comparison
 }
 
