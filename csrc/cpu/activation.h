@@ -1,6 +1,7 @@
 // What the activations and their gated forms share: each function with its slope, and the loops over rows.
 #pragma once
 
+#include "functions.h"
 #include "parallel.h"
 #include "row.h"
 

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "lanes.h"
 #include "parallel.h"
 #include "vec.h"
 

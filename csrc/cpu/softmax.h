@@ -1,6 +1,7 @@
 // Steps of softmax over a row, for the op itself and with a mask.
 #pragma once
 
+#include "functions.h"
 #include "parallel.h"
 #include "row.h"
 
