@@ -8,9 +8,14 @@ namespace llmcore::LLMCORE_LEVEL {
 namespace {
 
 template <int R, class T>
-INLINE void moments_of(float (&mean)[R], float (&scale)[R], const T* x, int64_t width, float eps) {
+INLINE void means_of(float (&mean)[R], const T* x, int64_t width) {
   sum_over_rows(mean, width, [=](int r, auto at) { return at(x + r * width); });
   for (float& m : mean) m /= float(width);
+}
+
+template <int R, class T>
+INLINE void moments_of(float (&mean)[R], float (&scale)[R], const T* x, int64_t width, float eps) {
+  means_of(mean, x, width);
   sum_over_rows(scale, width, [&](int r, auto at) {
     const vec centred = at(x + r * width) - mean[r];
     return centred * centred;
@@ -41,43 +46,6 @@ struct LayerNormBackwardRows {
   float eps;
 };
 
-// Some elements' mean: at most 4 deviations from that of the row, since they are a sixteenth of it at least.
-template <int R, class T>
-INLINE void near_means(float (&near)[R], const T* x, int64_t width) {
-  const int64_t some = width < 16 ? width : 16 + width / 256 * 16;
-  sum_over_rows(near, some, [=](int r, auto at) { return at(x + r * width); });
-  for (float& n : near) n /= float(some);
-}
-
-struct LayerNormMoments {
-  float mean, scale, mean_g, mean_gu;
-};
-
-// In one pass over x and dy. With the distances s from a value near the mean the variance is E[s^2] - E[s]^2, which
-// cancels no more than 4 bits, however far the row is from zero.
-template <int R, class T>
-INLINE void backward_moments(LayerNormMoments (&moments)[R], const LayerNormBackwardRows& a, const T* dy, const T* x) {
-  const int64_t width = a.width;
-  const float* weight = a.weight;
-  const float count = float(width);
-  float near[R];
-  near_means(near, x, width);
-  Both<Both<float>> sums[R];
-  sum_over_rows(sums, width, [&](int r, auto at) {
-    const vec s = at(x + r * width) - near[r], g = at(dy + r * width) * at(weight);
-    return Both<Both<vec>>{{s, s * s}, {g, g * s}};
-  });
-  for (int r = 0; r < R; ++r) {
-    const float s = sums[r].first.first / count, square = sums[r].first.second / count;
-    const float g = sums[r].second.first / count, gs = sums[r].second.second / count;
-    float variance = square - s * s;
-    if (square == INFINITY) variance = square;  // as the squares overflow, and no NaN
-    if (variance < 0.0f) variance = 0.0f;       // by rounding
-    const float scale = 1.0f / std::sqrt(variance + a.eps);
-    moments[r] = {near[r] + s, scale, g, (gs - s * g) * scale};
-  }
-}
-
 // With g = dy * weight and u the normalised row: dx = (g - mean(g) - u * mean(g * u)) / deviation + added (if any),
 // where dx is not null. R rows, each read from memory once; the next ones are `ahead` elements further.
 template <int R, class T>
@@ -85,8 +53,19 @@ void layer_norm_backward_rows(const LayerNormBackwardRows& a, const T* dy, const
                               const Output<T>& dx, int64_t ahead) {
   const int64_t width = a.width;
   const float* weight = a.weight;
-  LayerNormMoments moments[R];
-  backward_moments(moments, a, dy, x);
+  const float count = float(width);
+  float mean[R], scale[R], mean_g[R], mean_gu[R];
+  means_of(mean, x, width);
+  Both<float, Both<float>> sums[R];
+  sum_over_rows(sums, width, [&](int r, auto at) {
+    const vec centred = at(x + r * width) - mean[r], g = at(dy + r * width) * at(weight);
+    return Both<vec, Both<vec>>{centred * centred, {g, g * centred}};
+  });
+  for (int r = 0; r < R; ++r) {
+    scale[r] = 1.0f / std::sqrt(sums[r].first / count + a.eps);
+    mean_g[r] = sums[r].second.first / count;
+    mean_gu[r] = sums[r].second.second * scale[r] / count;
+  }
 
   for_vectors(width, [&](auto at) {
     const vec w = at(weight);
@@ -95,12 +74,11 @@ void layer_norm_backward_rows(const LayerNormBackwardRows& a, const T* dy, const
     for (int r = 0; r < R; ++r) {
       prefetch_vectors(dy + r * width + ahead + at.i, 1);
       prefetch_vectors(x + r * width + ahead + at.i, 1);
-      const auto [mean, scale, mean_g, mean_gu] = moments[r];
-      const vec g = at(dy + r * width), u = (at(x + r * width) - mean) * scale;
+      const vec g = at(dy + r * width), u = (at(x + r * width) - mean[r]) * scale[r];
       dw = fma(g, u, dw);
       db += g;
       if (dx.data == nullptr) continue;
-      vec d = (g * w - mean_g - u * mean_gu) * scale;
+      vec d = (g * w - mean_g[r] - u * mean_gu[r]) * scale[r];
       if (added != nullptr) d += at(added + r * width);
       at.put(dx.data + r * width, d, dx.past_caches);
     }

@@ -121,32 +121,34 @@ INLINE void for_vectors(int64_t width, const F& body) {
   if (i < width) body(PartVector{i, width - i});
 }
 
-// Two sums over the same elements, or both of two.
-template <class T>
+// Two sums over the same elements, each of which may be two again.
+template <class First, class Second = First>
 struct Both {
-  T first, second;
+  First first;
+  Second second;
 };
-template <class T>
-INLINE Both<T>& operator+=(Both<T>& a, const Both<T>& b) {
+template <class First, class Second>
+INLINE Both<First, Second>& operator+=(Both<First, Second>& a, const Both<First, Second>& b) {
   a.first += b.first;
   a.second += b.second;
   return a;
 }
-template <class T>
-INLINE auto sum_lanes(const Both<T>& v) -> Both<decltype(sum_lanes(v.first))> {
+template <class First, class Second>
+INLINE auto sum_lanes(const Both<First, Second>& v)
+    -> Both<decltype(sum_lanes(v.first)), decltype(sum_lanes(v.second))> {
   return {sum_lanes(v.first), sum_lanes(v.second)};
 }
-template <class T>
-INLINE Both<T> first_lanes(const Both<T>& v, int64_t n, float fill) {
+template <class First, class Second>
+INLINE Both<First, Second> first_lanes(const Both<First, Second>& v, int64_t n, float fill) {
   return {first_lanes(v.first, n, fill), first_lanes(v.second, n, fill)};
 }
 
 // sums[r] = sum of term(r, place) over row r, for R rows at once so that their latencies overlap; the term is a vec, or
-// both of two. Several accumulators hide the latency of the addition. A row's order of additions does not depend on R.
+// several. Several accumulators hide the latency of the addition. A row's order of additions does not depend on R.
 template <int R, class Sum, class Term>
 INLINE void sum_over_rows(Sum (&sums)[R], int64_t width, const Term& term) {
   using Terms = decltype(term(0, WholeVector{0}));
-  constexpr int CHAINS = 4 * sizeof(vec) / sizeof(Terms);
+  constexpr int CHAINS = sizeof(Terms) == sizeof(vec) ? 4 : 2;
   Terms sum[R][CHAINS] = {};
   int64_t i = 0;
   for (; i + CHAINS * LANES <= width; i += CHAINS * LANES) {
