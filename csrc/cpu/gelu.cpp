@@ -1,7 +1,7 @@
 // gelu: elements over threads, one pass.
 //
 // Forward moves 2 elements and does about 20 operations and a division per element, backward moves 3 and does about 40
-// (exp and a rational function): bound by memory where the data come from there.
+// (exp and a rational function, shorter ones for bfloat16): bound by memory where the data come from there.
 #include "activation.h"
 
 namespace llmcore::LLMCORE_LEVEL {
@@ -34,12 +34,14 @@ bool backward(const GeluBackward& a, const Activation& activation) {
 
 // 3 dtypes x 2 approximations = 6 builds of each.
 bool gelu_forward(const GeluForward& a) {
-  return with_dtype(
-      a.dtype, [&](auto t) { return with_gelu(a.tanh, [&](auto gelu) { return forward<decltype(t)>(a, gelu); }); });
+  return with_dtype(a.dtype, [&](auto t) {
+    return with_gelu<decltype(t)>(a.tanh, [&](auto gelu) { return forward<decltype(t)>(a, gelu); });
+  });
 }
 bool gelu_backward(const GeluBackward& a) {
-  return with_dtype(
-      a.dtype, [&](auto t) { return with_gelu(a.tanh, [&](auto gelu) { return backward<decltype(t)>(a, gelu); }); });
+  return with_dtype(a.dtype, [&](auto t) {
+    return with_gelu<decltype(t)>(a.tanh, [&](auto gelu) { return backward<decltype(t)>(a, gelu); });
+  });
 }
 
 }  // namespace llmcore::LLMCORE_LEVEL
