@@ -185,12 +185,12 @@ def with_contract_arguments(candidate: Candidate) -> Candidate:
         pages: Pages,
         options: Options,
     ) -> Result:
-        # Without a mask: it stands behind q, k and v. The seed stands before the int offset.
-        _, _, _, _, *extra, _, offset, causal, left, right, scale, softcap, _ = raw_arguments(
+        # Without the mask and the seed.
+        _, _, _, scale, causal, offset, _, *tensors, _, left, right, softcap, _ = raw_arguments(
             q, k_pages, v_pages, pages.extra, options
         )
         table = pages.table.long().contiguous()
-        rest = (table, *extra, offset, causal, left, right, scale, softcap)
+        rest = (table, *tensors, offset, causal, left, right, scale, softcap)
         try:
             y, lse = raw_forward(q, k_pages, v_pages, *rest)
         except RuntimeError as error:
