@@ -79,7 +79,7 @@ def scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     )
     y: torch.Tensor = attention(*qkv, **options)
-    return y.reshape(*shape, *y.shape[-2:])
+    return y if len(shape) == 2 else y.reshape(*shape, *y.shape[-2:])
 
 
 def leading(
@@ -91,8 +91,10 @@ def leading(
     for name, tensor in inputs.items():
         if tensor.ndim < cut:
             raise ValueError(f"{name}: got {tensor.ndim} axes, expected heads with enable_gqa")
+    first, *others = (t.shape[:-cut] for t in inputs.values())
     try:
-        shape = torch.broadcast_shapes(*(t.shape[:-cut] for t in inputs.values()))
+        # It takes five times as long as a small call of attention.
+        shape = first if others == [first, first] else torch.broadcast_shapes(first, *others)
     except RuntimeError as error:
         shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in inputs.items())
         hint = "" if enable_gqa else " (fewer key/value heads need enable_gqa=True)"
@@ -104,6 +106,8 @@ def as_four_axes(tensor: torch.Tensor, shape: torch.Size, own_heads: bool = Fals
     """(..., length, D) as (B, H, length, D), its leading axes expanded to `shape`."""
     if own_heads:
         shape = torch.Size((*shape[:-1], tensor.shape[-3]))
+    if len(shape) == 2 and tensor.shape[:-2] == shape:
+        return tensor
     if len(shape) == 0:
         return tensor[None, None]
     tensor = tensor.expand(*shape, *tensor.shape[-2:])
