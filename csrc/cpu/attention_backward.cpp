@@ -175,8 +175,9 @@ class Backward {
     std::memset(w.dqueries, 0, size_t(w.rows * wide_) * sizeof(float));
     for (int64_t first = slot * KEY_BLOCK; first < all_keys(s); first += SLOTS * KEY_BLOCK) {
       const KeyRange block = intersect({first, first + KEY_BLOCK}, {0, all_keys(s)});
-      std::memset(w.dkeys, 0, size_t(KEY_BLOCK * wide_) * sizeof(float));
-      std::memset(w.dvalues, 0, size_t(KEY_BLOCK * wide_v_) * sizeof(float));
+      const int64_t count = block.end - block.begin;
+      std::memset(w.dkeys, 0, size_t(count * wide_) * sizeof(float));
+      std::memset(w.dvalues, 0, size_t(count * wide_v_) * sizeof(float));
       const KeyRange valid = intersect(block, {0, s.keys});
       if (!valid.empty()) run_keys(s, g, valid, w);
       write_keys(s, g, block, w);
