@@ -201,7 +201,8 @@ def call_key(
             *(batch, heads, width, q.dtype, q.device, q.layout),
             *(k_batch, groups, k_width, k.dtype, k.device, k.layout),
             *(v_batch, v_groups, v_width, v.dtype, v.device, v.layout),
-            *(keys == values, options, contract.types_key(options), type(offset)),
+            *(keys == values, options, *map(type, options), type(offset)),
+            None if options.window is None else contract.types_key(options.window),
         )
         offsets = offset if isinstance(offset, torch.Tensor) else None
         if (mask is None and kv_lengths is None and offsets is None) and (
@@ -211,7 +212,7 @@ def call_key(
         tensors = map(contract.tensor_key, (mask, kv_lengths, offsets, sinks, slopes))
         wanted = contract.wants_gradient(mask), contract.wants_gradient(slopes)
         return (*key, *tensors, None if mask is None else (rows, keys), wanted)
-    except (AttributeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         return None
 
 

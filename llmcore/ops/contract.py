@@ -381,11 +381,13 @@ def call_key(tensors: Sequence[Any], *rest: Any) -> Any:
 
     None when one of them is no tensor.
     """
+    key: list[Any] = [*rest, *types_key(rest)] if rest else []
     try:
-        keys = [t if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors]
+        for t in tensors:
+            key += (None,) if t is None else (t.shape, t.dtype, t.device, t.layout)
     except AttributeError:
         return None
-    return (*keys, *rest, *types_key(rest)) if rest else tuple(keys)
+    return tuple(key)
 
 
 def row_key(x: torch.Tensor, *parameters: torch.Tensor | None, eps: Any = 0.0) -> Any:

@@ -240,6 +240,7 @@ def paged_attention(
     q (B, H, T, D); k_pages (P, G, L, D) and v_pages (P, G, L, Dv), pages of L places; page_table
     (B, M) int32 or int64, the pages of each sequence in order (what lies past its length is never
     looked at); kv_lengths (B). Returns (B, H, T, Dv) in q's dtype, or that and the lse.
+    For inference: where a gradient is wanted, the definition runs.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.

@@ -86,15 +86,15 @@ def leading(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool
 ) -> torch.Size:
     """The leading axes of the result; with enable_gqa its heads are query's alone."""
-    inputs = {"query": query, "key": key, "value": value}
     cut = 3 if enable_gqa else 2
+    inputs = {"query": query, "key": key, "value": value}
     for name, tensor in inputs.items():
         if tensor.ndim < cut:
             raise ValueError(f"{name}: got {tensor.ndim} axes, expected heads with enable_gqa")
-    first, *others = (t.shape[:-cut] for t in inputs.values())
+    if query.shape[:-cut] == key.shape[:-cut] == value.shape[:-cut]:
+        return query.shape[:-2]  # broadcast_shapes takes longer than a small call of attention
     try:
-        # It takes five times as long as a small call of attention.
-        shape = first if others == [first, first] else torch.broadcast_shapes(first, *others)
+        shape = torch.broadcast_shapes(*(t.shape[:-cut] for t in inputs.values()))
     except RuntimeError as error:
         shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in inputs.items())
         hint = "" if enable_gqa else " (fewer key/value heads need enable_gqa=True)"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from attention_cases import close, qkv
 
-from llmcore import native, ops
+from llmcore import dispatch, native, ops
 from llmcore.ops.attention_definition import kept, mix
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -209,3 +209,15 @@ def test_attention_raw_backward_refuses_empty_sinks() -> None:
     backward = native.bind("attention_backward", native.BEST_LEVEL)
     with pytest.raises(RuntimeError, match="sinks: expected"):
         backward(q, None, q, torch.zeros(q.shape[:3]), False, False, q, k, v, *rest)
+
+
+def test_attention_steps_of_decoding_share_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is checked anew as the cache grows, with lengths and without; a mask must fit."""
+    op = dispatch.REGISTRY["attention"]
+    monkeypatch.setattr(op, "chosen", {})
+    for keys in (5, 6, 7):
+        q, k, v = qkv(T=1, S=keys)
+        ops.attention(q, k, v, causal=True, q_offset=keys - 1)
+        ops.attention(q, k, v, kv_lengths=torch.tensor([keys, 2]))
+        ops.attention(q, k, v, mask=torch.ones(keys, dtype=torch.bool))
+    assert len(op.chosen) == 1 + 1 + 3
