@@ -318,8 +318,9 @@ struct AttentionForward {
   float* lse;  // (B, H, T), contiguous
 };
 
-// Strides are those of (batch, head, position). dsinks (B, H) is summed over queries only; it may be null, as dlse may
-// be.
+// Strides are those of (batch, head, position). dsinks and dslopes (B, H) are summed over queries only; dmask, zeros
+// before, has the mask's sizes, contiguous but for a stride of 0 along each axis of one element. These may be null, as
+// dlse may be.
 struct AttentionBackward {
   AttentionProblem problem;
   const void* out;    // (B, H, T, Dv)
@@ -330,6 +331,9 @@ struct AttentionBackward {
   void* dk;           // (B, G, S, D)
   void* dv;           // (B, G, S, Dv)
   float* dsinks;
+  float* dslopes;
+  float* dmask;
+  int64_t dmask_strides[4];
   int64_t out_strides[3], dout_strides[3], dq_strides[3], dk_strides[3], dv_strides[3];
 };
 
