@@ -63,7 +63,8 @@ def packed_weight(data: Any, kind: Any) -> PackedWeight:
     """A matrix of Q8_0, Q4_0 or Q4_1 as a PackedWeight, without loss.
 
     data  (N, bytes of a row) uint8, the file's own, as gguf.ReaderTensor.data
-    kind  its gguf.GGMLQuantizationType; ValueError for another
+    kind  its gguf.GGMLQuantizationType; ValueError for another, for rows that are no whole blocks,
+          and for a scale or minimum that is not finite
     """
     if kind.name not in KINDS:
         raise ValueError(f"kind: got {kind.name}, expected one of {', '.join(KINDS)}")
@@ -74,7 +75,13 @@ def _integers(data: Any, kind: str) -> Integers:
     """A block is a float16 scale, in Q4_1 a float16 minimum, and 32 integers: bytes, or 16 bytes
     whose low halves are the first 16."""
     head = 4 if kind == "Q4_1" else 2
-    blocks = torch.tensor(data).unflatten(1, (-1, head + (32 if kind == "Q8_0" else 16)))
+    bytes_of_block = head + (32 if kind == "Q8_0" else 16)
+    if data.ndim != 2 or data.shape[1] % bytes_of_block:
+        raise ValueError(
+            f"data: got shape {tuple(data.shape)}, expected (N, a multiple of {bytes_of_block}), "
+            f"the bytes of a block of {kind}"
+        )
+    blocks = torch.tensor(data).unflatten(1, (-1, bytes_of_block))
     halves, packed = blocks[..., :head].contiguous().view(torch.float16), blocks[..., head:]
     scales = halves[..., 0]
     if kind == "Q8_0":

@@ -228,9 +228,13 @@ def from_integers(
 
     q (N, K), whole, within -128..127 for "int8", -8..7 for "int4" and 0..15 with minimums; scales
     and minimums (N, K / group) float16.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit, q is out of its range, or a scale or minimum
+            is NaN or inf; the message names it.
     """
+    group = _check_integers(format, q, scales, minimums)
     rows, width = q.shape
-    group = width // scales.shape[1] if width else GROUPS[0]
     unsigned = q if minimums is not None else q + ZERO[format]
     padded = _in_panels(unsigned.to(torch.uint8))
     blocks = padded.unflatten(1, (width // 4, 4)).transpose(2, 3)
@@ -244,6 +248,42 @@ def from_integers(
         None if minimums is None else _in_panels(minimums),
         group,
     )
+
+
+def _check_integers(
+    format: str, q: torch.Tensor, scales: torch.Tensor, minimums: torch.Tensor | None
+) -> int:
+    """The group of from_integers' arguments; TypeError or ValueError where they don't fit."""
+    contract.check_choice("format", format, tuple(ZERO))
+    if minimums is not None and format != "int4":
+        raise ValueError(f"minimums: got them with {format}, expected them with int4 only")
+    if q.is_floating_point() or q.is_complex() or q.dtype == torch.bool:
+        raise TypeError(f"q: got {q.dtype}, expected an integer dtype")
+    if q.ndim != 2:
+        raise ValueError(f"q: got shape {tuple(q.shape)}, expected (N, K)")
+    rows, width = q.shape
+    groups = scales.shape[1] if scales.ndim == 2 else 0
+    group = width // groups if groups else GROUPS[0]
+    if group not in GROUPS or scales.shape != (rows, groups) or group * groups != width:
+        raise ValueError(
+            f"scales: got shape {tuple(scales.shape)}, expected ({rows}, {width} / group) "
+            f"with a group of {GROUPS}"
+        )
+    for name, tensor in (("scales", scales), ("minimums", minimums)):
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.float16:
+            raise TypeError(f"{name}: got {tensor.dtype}, expected torch.float16")
+        if tensor.shape != scales.shape:
+            raise ValueError(
+                f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(scales.shape)}"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name}: holds NaN or inf")
+    low, high = {"int8": (-128, 127), "int4": (-8, 7)}[format] if minimums is None else (0, 15)
+    if q.numel() and (q.amin() < low or q.amax() > high):
+        raise ValueError(f"q: got values from {q.amin()} to {q.amax()}, expected {low} to {high}")
+    return group
 
 
 def _in_panels(columns: torch.Tensor) -> torch.Tensor:
