@@ -4,7 +4,7 @@ Each pass reads only the newest token of each sequence; what came before is in t
 sequence that has reached its end leaves the batch and costs nothing more.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,7 +37,10 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be generated, checked."""
+    """What is to be generated. Prompts have passed check_prompts.
+
+    cache  holds the tokens before `ids`, of as many sequences; it then holds what is added, too
+    """
 
     model: Decoder
     ids: Tensor
@@ -45,46 +48,52 @@ class Task:
     max_new_tokens: int
     sampling: Sampling
     stopping: Stopping
-    samplers: list[Sampler]
+    samplers: Sequence[Sampler]
+    cache: KVCache | None = None
 
     def __post_init__(self) -> None:
-        ids, mask, config = self.ids, self.attention_mask, self.model.config
-        if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                "ids must be whole numbers (B, T) with B and T at least 1, "
-                f"got {ids.dtype} {tuple(ids.shape)}"
-            )
-        low, high = (int(edge) for edge in ids.aminmax())
-        if low < 0 or high >= config.vocab_size:
-            raise ValueError(
-                f"ids must be from 0 to {config.vocab_size - 1}, got {low if low < 0 else high}"
-            )
-        if mask is not None and mask.shape != ids.shape:
-            raise ValueError(
-                f"attention_mask must have the shape of ids {tuple(ids.shape)}, "
-                f"got {tuple(mask.shape)}"
-            )
-        if mask is not None and not bool(mask.bool().any(dim=1).all()):
-            raise ValueError("attention_mask leaves a prompt without any token")
-        if mask is not None and not bool(mask.bool()[:, -1].all()):
-            raise ValueError("prompts must be padded on the left: the last column must be tokens")
         if self.max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be 0 or more, got {self.max_new_tokens}")
-        if ids.shape[1] + self.max_new_tokens > config.context_length:
+        tokens = self.ids.shape[1] + (0 if self.cache is None else len(self.cache))
+        limit = self.model.config.context_length
+        if tokens + self.max_new_tokens > limit:
             raise ValueError(
-                f"{ids.shape[1]} tokens and {self.max_new_tokens} new ones exceed the context "
-                f"length of {config.context_length}"
+                f"{tokens} tokens and {self.max_new_tokens} new ones exceed the context length "
+                f"of {limit}"
             )
+
+
+def check_prompts(ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> None:
+    """ValueError unless these are prompts (B, T), padded on the left, of this vocabulary."""
+    if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            "ids must be whole numbers (B, T) with B and T at least 1, "
+            f"got {ids.dtype} {tuple(ids.shape)}"
+        )
+    low, high = (int(edge) for edge in ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"ids must be from 0 to {vocab_size - 1}, got {low if low < 0 else high}")
+    if attention_mask is None:
+        return
+    if attention_mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of ids {tuple(ids.shape)}, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    if not bool(attention_mask.bool().any(dim=1).all()):
+        raise ValueError("attention_mask leaves a prompt without any token")
+    if not bool(attention_mask.bool()[:, -1].all()):
+        raise ValueError("prompts must be padded on the left: the last column must be tokens")
 
 
 def steps(task: Task) -> Iterator[Step]:
     """Pass after pass, until every sequence is at its end or has max_new_tokens."""
     if task.max_new_tokens == 0:
         return
-    model, ids, samplers = task.model, task.ids, task.samplers
+    model, ids, samplers = task.model, task.ids, list(task.samplers)
     rows = torch.arange(len(ids), device=ids.device)
     slots = ids.shape[1] + min(task.max_new_tokens, FIRST_SLOTS)
-    cache = KVCache(model.config, len(ids), slots)
+    cache = KVCache(model.config, len(ids), slots) if task.cache is None else task.cache
     with torch.no_grad():
         logits = model(ids, cache, task.attention_mask, last_only=True)[:, -1]
     for left in range(task.max_new_tokens - 1, -1, -1):
