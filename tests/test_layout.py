@@ -32,6 +32,7 @@ LAYERS = (
     ("ops",),
     ("verify", "text"),
     ("models",),
+    ("generation",),
     ("generate",),
     ("benchmarks", "demo", "verify_command"),
     ("cli",),

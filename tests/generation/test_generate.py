@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from llmcore.generate import Sampling, generate, stream
+from llmcore.generate import generate, stream
+from llmcore.generation.sampling import Sampler, Sampling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -176,8 +177,7 @@ def test_sampling_frequencies(options):
     """40,000 draws stay within 5 standard errors of the plain definition's probabilities."""
     count = 40_000
     logits = 2 * torch.randn(1, 50, generator=torch.Generator().manual_seed(1))
-    generator = torch.Generator().manual_seed(2)
-    tokens = Sampling(**options).choose(logits.expand(count, -1), [generator] * count)
+    tokens = Sampling(**options).choose(logits.expand(count, -1), [Sampler(2)] * count)
     frequencies = torch.bincount(tokens, minlength=50) / count
     p = torch.tensor(plain_filter(logits[0].double().tolist(), **options))
     assert (frequencies[p == 0] == 0).all()
@@ -188,13 +188,10 @@ def test_sampling_rare_tokens_are_neither_lost_nor_invented():
     """Ends of the range: the last token is reachable, one of probability 0 never is."""
     logits = torch.tensor([[0.0, float("-inf"), 0.0, float("-inf")]])
 
-    class Fixed:
-        pass
-
     for draw, expected in ((0.0, 0), (0.4999, 0), (0.5, 2), (1 - 2**-53, 2)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "rand", lambda *a, d=draw, **k: torch.tensor([d]).double())
-            token = Sampling(temperature=1.0).choose(logits, [torch.Generator()])
+            token = Sampling(temperature=1.0).choose(logits, [Sampler(0)])
         assert token.item() == expected
 
 
