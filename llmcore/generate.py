@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcore.generation.batch import Task, steps
+from llmcore.generation.batch import Setup, Task, prompts_of, steps
 from llmcore.generation.sampling import Sampler, Sampling, seeds
 from llmcore.generation.stopping import Stopping, end_ids
 from llmcore.models.transformer import Decoder
@@ -25,6 +25,7 @@ def generate(
     stop: int | Iterable[int] | None = None,
     seed: int | Sequence[int] | None = None,
     attention_mask: Tensor | None = None,
+    **setup: Any,
 ) -> Tensor:
     """ids (B, T) int64 -> (B, T + n) int64: the prompts and n <= max_new_tokens tokens more.
 
@@ -41,20 +42,21 @@ def generate(
     """
     task = Task(
         model,
-        ids,
-        attention_mask,
+        prompts_of(ids, attention_mask),
         max_new_tokens,
         Sampling(temperature, top_k, top_p, min_p),
         Stopping(end_ids(stop, model.config.eos_ids)),
         [Sampler(s) for s in seeds(seed, len(ids))],
+        Setup(**setup),
     )
     filler = (*model.config.eos_ids, *task.stopping.ends, 0)[0]
-    columns = [ids]
+    new: list[list[int]] = [[] for _ in ids]
     for step in steps(task):
-        column = ids.new_full((len(ids), 1), filler)
-        column[step.rows, 0] = step.tokens.to(ids.dtype)
-        columns.append(column)
-    return torch.cat(columns, dim=1)
+        for row, token in zip(step.rows.tolist(), step.tokens.tolist(), strict=True):
+            new[row].append(token)
+    longest = max(map(len, new))
+    rows = [row + [filler] * (longest - len(row)) for row in new]
+    return torch.cat((ids, torch.tensor(rows).to(ids)), dim=1)
 
 
 def stream(
@@ -76,8 +78,7 @@ def stream(
         raise ValueError(f"stream takes one sequence, ids (1, T), got {tuple(ids.shape)}")
     task = Task(
         model,
-        ids,
-        None,
+        prompts_of(ids, None),
         max_new_tokens,
         Sampling(**choice),
         Stopping(end_ids(stop, model.config.eos_ids)),

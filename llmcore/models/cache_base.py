@@ -47,12 +47,24 @@ class Kept:
     """
 
     buffers: Buffers
-    first: int
+    first: int = 0
 
     @property
     def length(self) -> int:
         """Tokens of the sequence, forgotten ones included."""
         return self.first + self.buffers.keys[0].shape[1]
+
+    def head(self, length: int) -> "Kept":
+        """The sequence's first `length` tokens, as views; `first` must be 0."""
+        assert self.first == 0
+        return Kept(self.buffers.map(lambda tensor: tensor[:, :length]))
+
+    def copy(self) -> "Kept":
+        """The same in memory of its own, no more than it needs."""
+        return Kept(
+            self.buffers.map(lambda tensor: tensor.clone(memory_format=torch.contiguous_format)),
+            self.first,
+        )
 
 
 class Cache(ABC):
@@ -130,6 +142,11 @@ class Cache(ABC):
         else:
             self._used = span.kv_lengths.tolist()
 
+    def shortest(self, row: int) -> int:
+        """The fewest tokens, apart from none, that a sequence can be cut back to."""
+        forgotten, window = self._forgotten[row], self.config.window
+        return 0 if window is None or forgotten == 0 else forgotten + window - 1
+
     def truncate(self, lengths: Sequence[int] | Tensor) -> None:
         """Keep only the first `lengths[b]` tokens of each sequence.
 
@@ -142,11 +159,10 @@ class Cache(ABC):
         for row, (length, count) in enumerate(zip(wanted, self.counts, strict=True)):
             if not 0 <= length <= count:
                 raise ValueError(f"lengths: sequence {row} has {count} tokens, got {length}")
-            forgotten = self._forgotten[row]
-            if length and forgotten and forgotten > self._first_seen(length):
+            if 0 < length < self.shortest(row):
                 raise ValueError(
-                    f"lengths: the window has forgotten {forgotten} tokens of sequence {row}, "
-                    f"which can't be continued after {length}"
+                    f"lengths: the window has forgotten {self._forgotten[row]} tokens of sequence "
+                    f"{row}, which can't be continued after {length}"
                 )
         for row, length in enumerate(wanted):
             self._forgotten[row] = self._forgotten[row] if length else 0

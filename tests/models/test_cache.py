@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmcore.dispatch import REGISTRY
 from llmcore.models import KVCache, PagedKVCache, TransformerConfig
 from llmcore.models.cache_base import KEY_CHUNK
 from llmcore.models.kv_buffers import decode, encode
@@ -235,16 +234,6 @@ def test_cache_stored_rounded_stays_close(make, tiny_decoder, dtype):
         {"bf16": torch.bfloat16, "int8": torch.int8}[dtype]
     }
     assert [t.dtype for t in cache.buffers.key_scales] == [torch.float32] * 3 * (dtype == "int8")
-
-
-@pytest.fixture
-def native_kernels():
-    """Bits are promised by the kernels: the definitions' sums depend on the shapes."""
-    for op in ("attention", "paged_attention", "linear"):
-        candidate = REGISTRY[op].candidate("cpu")
-        why = REGISTRY[op].why_absent("cpu") if candidate is None else candidate.machine
-        if why:
-            pytest.skip(why)
 
 
 @pytest.mark.parametrize("dtype", [None, "bf16", "int8"])
