@@ -1,5 +1,6 @@
-"""Text out of a decoder: token after token, for one prompt or a batch of them."""
+"""Text out of a decoder: token after token, for one prompt or many."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -7,15 +8,16 @@ import torch
 from torch import Tensor
 
 from llmcore.generation.answers import Answer, answers, pieces
-from llmcore.generation.batch import Task, check_prompts
+from llmcore.generation.batch import Setup, Task, prompts_of
 from llmcore.generation.beam import BeamSearch, beam_search
 from llmcore.generation.sampling import Sampling, samplers_of
+from llmcore.generation.speculative import draft_for
 from llmcore.generation.stopping import Stopping, read_stop
-from llmcore.models.cache import KVCache
 from llmcore.models.transformer import Decoder
 from llmcore.text.tokenizer import Tokenizer
 
 Prompts = Tensor | str | Sequence[str]
+Stop = int | str | Iterable[int | str] | None
 
 
 def generate(
@@ -31,11 +33,12 @@ def generate(
     num_beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
-    stop: int | str | Iterable[int | str] | None = None,
+    stop: Stop = None,
     seed: int | Sequence[int] | None = None,
     attention_mask: Tensor | None = None,
     tokenizer: Tokenizer | None = None,
     return_logprobs: bool = False,
+    **setup: Any,
 ) -> Any:
     """The prompts and what the model says to them: ids (B, T) -> (B, T + n), n <= max_new_tokens.
 
@@ -55,20 +58,21 @@ def generate(
     return_logprobs  the result and (B, n) float32: the log-probability of each new token by the
                      model's own distribution, log softmax(logits), before temperature, filters and
                      penalty; 0 behind a sequence's end
+    batch_size, paged, cache_dtype, prefix_cache, draft   how it is computed: see Setup. A draft
+                     also by name: "lookup".
 
     ValueError for wrong shapes, ids outside the vocabulary, a prompt without a token, options out
     of range, more tokens than the model's context holds, or a model whose logits are NaN or inf.
     """
-    prompts, mask = _read(model, ids, attention_mask, tokenizer)
-    ends, stops = read_stop(stop, model.config.eos_ids)
-    task = Task(
+    task = _task(
         model,
-        prompts,
-        mask,
+        _prompts(ids, attention_mask, tokenizer),
         max_new_tokens,
+        tokenizer,
         Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
-        Stopping(ends, stops, tokenizer, len(prompts)),
-        samplers_of(prompts, mask, seed),
+        stop=stop,
+        seed=seed,
+        **setup,
     )
     search = BeamSearch(num_beams, length_penalty, early_stopping)
     wide = num_beams > 1
@@ -76,13 +80,12 @@ def generate(
     texts = [answer.text for answer in found]
     result: Any = texts[0] if isinstance(ids, str) else texts
     if isinstance(ids, Tensor):
-        filler = (*model.config.eos_ids, *ends, 0)[0]
+        filler = (*model.config.eos_ids, *task.stopping.ends, 0)[0]
         new = _padded([answer.tokens for answer in found], filler)
         result = torch.cat((ids, new.to(ids)), dim=1)
-    if not return_logprobs:
-        return result
-    logprobs = _padded([answer.logprobs for answer in found], 0.0)
-    return result, logprobs.to(prompts.device, torch.float32)
+    if return_logprobs:
+        return result, _padded([answer.logprobs for answer in found], 0.0).float()
+    return result
 
 
 def stream(
@@ -91,29 +94,22 @@ def stream(
     tokenizer: Tokenizer,
     *,
     max_new_tokens: int,
-    stop: int | str | Iterable[int | str] | None = None,
+    stop: Stop = None,
     seed: int | None = None,
-    **choice: Any,
+    **options: Any,
 ) -> Iterator[str]:
     """The answer to one prompt, ids (1, T) or a text: pieces of text, as soon as they are certain.
 
     The pieces join to generate's text: none holds half a character, or what may turn out to be the
-    beginning of a stop string. The options and errors are generate's; `choice` holds Sampling's.
+    beginning of a stop string. Options (Sampling's and Setup's) and errors are generate's.
     """
     if isinstance(ids, Tensor) and ids.shape[0] != 1:
         raise ValueError(f"stream takes one sequence, ids (1, T), got {tuple(ids.shape)}")
-    prompt, _ = _read(model, ids, None, tokenizer)
-    ends, stops = read_stop(stop, model.config.eos_ids)
-    task = Task(
-        model,
-        prompt,
-        None,
-        max_new_tokens,
-        Sampling(**choice),
-        Stopping(ends, stops, tokenizer),
-        samplers_of(prompt, None, seed),
+    sampling, setup = _split(options)
+    prompts = _prompts(ids, None, tokenizer)
+    return pieces(
+        _task(model, prompts, max_new_tokens, tokenizer, sampling, stop=stop, seed=seed, **setup)
     )
-    return pieces(task)
 
 
 def mean_logprob(answer: Answer) -> float:
@@ -135,38 +131,26 @@ def best_of(
     *,
     scorer: Callable[[Answer], float] = mean_logprob,
     max_new_tokens: int,
-    stop: int | str | Iterable[int | str] | None = None,
+    stop: Stop = None,
     seed: int | None = None,
     attention_mask: Tensor | None = None,
     tokenizer: Tokenizer | None = None,
-    **choice: Any,
+    **options: Any,
 ) -> BestOf | list[BestOf]:
     """n sampled answers to each prompt, ranked; a BestOf for one text, else a list of them.
 
-    The answers to all prompts are one batch; a prompt is read only once.
+    All answers are one batch; a prompt is read only once.
 
     scorer  the higher the better; by default the mean of the tokens' log-probabilities
     seed    answer i to prompt b is what generate gives with the seed `seed + b * n + i`
-    choice  Sampling's options; temperature 1 by default
 
-    The other options and errors are generate's.
+    Options (Sampling's, with a temperature of 1 by default, and Setup's) and errors are generate's.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
-    prompts, mask = _read(model, ids, attention_mask, tokenizer)
-    ends, stops = read_stop(stop, model.config.eos_ids)
-    copies = torch.arange(len(prompts), device=prompts.device).repeat_interleave(n)
-    samplers = samplers_of(prompts[copies], None if mask is None else mask[copies], seed)
-    task = Task(
-        model,
-        prompts[copies, -1:],
-        None,
-        max_new_tokens,
-        Sampling(**{"temperature": 1.0, **choice}),
-        Stopping(ends, stops, tokenizer, len(copies)),
-        samplers,
-        _all_but_the_last(model, prompts, mask, copies),
-    )
+    sampling, setup = _split({"temperature": 1.0, **options})
+    prompts = [p for p in _prompts(ids, attention_mask, tokenizer) for _ in range(n)]
+    task = _task(model, prompts, max_new_tokens, tokenizer, sampling, stop=stop, seed=seed, **setup)
     found = answers(task, logprobs=True)
     ranked = [_ranked(found[b : b + n], scorer) for b in range(0, len(found), n)]
     return ranked[0] if isinstance(ids, str) else ranked
@@ -178,36 +162,51 @@ def _ranked(found: list[Answer], scorer: Callable[[Answer], float]) -> BestOf:
     return BestOf([answer for answer, _ in pairs], [score for _, score in pairs])
 
 
-def _all_but_the_last(
-    model: Decoder, prompts: Tensor, mask: Tensor | None, copies: Tensor
-) -> KVCache | None:
-    """A cache of the prompts (B, T) without their last token, its rows copied as `copies` says."""
-    if prompts.shape[1] == 1:
-        return None
-    cache = KVCache(model.config, len(prompts), prompts.shape[1])
-    with torch.no_grad():
-        model(prompts[:, :-1], cache, None if mask is None else mask[:, :-1], last_only=True)
-    cache.select(copies)
-    return cache
+def _prompts(
+    ids: Prompts, attention_mask: Tensor | None, tokenizer: Tokenizer | None
+) -> list[list[int]]:
+    if isinstance(ids, Tensor):
+        return prompts_of(ids, attention_mask)
+    if tokenizer is None:
+        raise ValueError("prompts as text need a tokenizer: tokenizer=")
+    if attention_mask is not None:
+        raise ValueError("attention_mask belongs to ids; texts have no padding")
+    return [tokenizer.encode(text) for text in ([ids] if isinstance(ids, str) else ids)]
 
 
-def _read(
-    model: Decoder, ids: Prompts, attention_mask: Tensor | None, tokenizer: Tokenizer | None
-) -> tuple[Tensor, Tensor | None]:
-    """Prompts of either kind as (B, T) ids and their mask, checked."""
-    if not isinstance(ids, Tensor):
-        if tokenizer is None:
-            raise ValueError("prompts as text need a tokenizer: tokenizer=")
-        if attention_mask is not None:
-            raise ValueError("attention_mask belongs to ids; texts are padded here")
-        ids, attention_mask = tokenizer.batch([ids] if isinstance(ids, str) else ids)
-        ids = ids.to(model.embedding.weight.device)
-        attention_mask = attention_mask.to(ids.device)
-    check_prompts(ids, attention_mask, model.config.vocab_size)
-    return ids, attention_mask
+def _task(
+    model: Decoder,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    tokenizer: Tokenizer | None,
+    sampling: Sampling,
+    *,
+    stop: Stop,
+    seed: int | Sequence[int] | None,
+    prefix_cache: Any = None,
+    draft: Any = None,
+    **setup: Any,
+) -> Task:
+    ends, stops = read_stop(stop, model.config.eos_ids)
+    return Task(
+        model,
+        prompts,
+        max_new_tokens,
+        sampling,
+        Stopping(ends, stops, tokenizer, len(prompts)),
+        samplers_of(prompts, seed),
+        Setup(prefixes=prefix_cache, draft=draft_for(model, draft), **setup),
+    )
+
+
+def _split(options: dict[str, Any]) -> tuple[Sampling, dict[str, Any]]:
+    """Sampling out of its options, and those that are Setup's."""
+    names = {field.name for field in dataclasses.fields(Sampling)}
+    choice = {name: value for name, value in options.items() if name in names}
+    return Sampling(**choice), {k: v for k, v in options.items() if k not in names}
 
 
 def _padded(rows: Sequence[Sequence[float]], filler: float) -> Tensor:
     """Rows of different lengths as one tensor, filled up behind."""
-    longest = max(map(len, rows))
+    longest = max(map(len, rows), default=0)
     return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])

@@ -27,7 +27,7 @@ class Answer:
 
 def answers(task: Task, *, logprobs: bool = False) -> list[Answer]:
     """The answers to all prompts, in their order."""
-    batch = len(task.ids)
+    batch = len(task.prompts)
     tokens: list[list[int]] = [[] for _ in range(batch)]
     chances: list[list[float]] = [[] for _ in range(batch)]
     stopped: set[int] = set()

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from llmcore.generation.answers import Answer
 from llmcore.generation.batch import FIRST_SLOTS, Task
+from llmcore.generation.reading import Reader, run
 from llmcore.generation.sampling import Sampling, highest
 from llmcore.generation.stopping import AnswerText
-from llmcore.models.cache import KVCache
+from llmcore.models.cache_base import Cache
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ def beam_search(task: Task, settings: BeamSearch) -> list[Answer]:
     """
     if task.sampling != Sampling():
         raise ValueError("num_beams: beam search takes no temperature, filter or penalty")
+    if task.setup.draft is not None:
+        raise ValueError("num_beams: beam search takes no draft")
     if task.stopping.stops:
         raise ValueError("num_beams: beam search ends at token ids, not at texts")
     ends, vocab_size = task.stopping.ends, task.model.config.vocab_size
@@ -129,8 +132,8 @@ def beam_search(task: Task, settings: BeamSearch) -> list[Answer]:
         raise ValueError(
             f"num_beams {settings.num_beams} compares {count} tokens, there are {vocab_size}"
         )
-    searches = [PromptSearch(settings, ends, task.max_new_tokens) for _ in task.ids]
-    if task.max_new_tokens > 0:
+    searches = [PromptSearch(settings, ends, task.max_new_tokens) for _ in task.prompts]
+    if task.max_new_tokens > 0 and searches:
         _run(task, searches, count)
     texts: Sequence[AnswerText | None] = task.stopping.texts or [None] * len(searches)
     return [_answer(search.finished, text) for search, text in zip(searches, texts, strict=True)]
@@ -138,12 +141,8 @@ def beam_search(task: Task, settings: BeamSearch) -> list[Answer]:
 
 def _run(task: Task, searches: list[PromptSearch], count: int) -> None:
     """Pass after pass over all live beams, until every search is over."""
-    slots = task.ids.shape[1] + min(task.max_new_tokens, FIRST_SLOTS)
-    cache = KVCache(task.model.config, len(searches), slots)
-    ids, mask = task.ids, task.attention_mask
+    cache, logits = _read(task)
     while True:
-        with torch.no_grad():
-            logits = task.model(ids, cache, mask, last_only=True)[:, -1]
         logprobs = logits.float().log_softmax(dim=-1)
         width = len(logits) // len(searches)  # one live beam at first
         going, parents = [], []
@@ -156,9 +155,21 @@ def _run(task: Task, searches: list[PromptSearch], count: int) -> None:
             return
         searches = going
         if parents != list(range(len(logits))):
-            cache.select(torch.tensor(parents, device=ids.device))
-        ids = ids.new_tensor([[beam.tokens[-1]] for search in searches for beam in search.live])
-        mask = None
+            cache.select(torch.tensor(parents))
+        newest = [[beam.tokens[-1]] for search in searches for beam in search.live]
+        logits = run(task.model, newest, cache)[:, -1]
+
+
+def _read(task: Task) -> tuple[Cache, Tensor]:
+    """A cache of the prompts and the logits (B, V) behind them."""
+    slots = max(map(len, task.prompts)) + min(task.max_new_tokens, FIRST_SLOTS)
+    cache = task.setup.cache(task.model, len(task.prompts), slots)
+    reader = Reader(task.model, task.setup.cache(task.model, 1, slots), task.setup.prefixes)
+    logits = []
+    for place, prompt in enumerate(task.prompts):
+        logits.append(reader.read(prompt))
+        cache.put(place, reader.cache.take(0))
+    return cache, torch.cat(logits)
 
 
 def _extensions(

@@ -180,10 +180,10 @@ class Sampler:
     It belongs to the sequence, whatever batch that is in and whichever place it has there.
     """
 
-    def __init__(self, seed: int, prompt: Tensor) -> None:
-        """prompt: (T,) the token ids before the first that is chosen."""
+    def __init__(self, seed: int, prompt: Sequence[int] = ()) -> None:
+        """prompt: the tokens before the first that is chosen."""
         self._generator = torch.Generator().manual_seed(seed)
-        self._seen = prompt.to("cpu", torch.int64, copy=True)
+        self._seen = torch.tensor(prompt, dtype=torch.int64)
         self._count = len(prompt)
 
     @property
@@ -204,10 +204,10 @@ class Sampler:
 
 
 def samplers_of(
-    ids: Tensor, attention_mask: Tensor | None, seed: int | Sequence[int] | None
+    prompts: Sequence[Sequence[int]], seed: int | Sequence[int] | None
 ) -> list[Sampler]:
-    """One for each of the prompts (B, T); a seed of None comes from torch's global generator."""
-    batch = len(ids)
+    """One for each of B prompts; a seed of None comes from torch's global generator."""
+    batch = len(prompts)
     if seed is None:
         seeds = [int(s) for s in torch.randint(2**62, (batch,))]
     elif isinstance(seed, int):
@@ -216,10 +216,7 @@ def samplers_of(
         seeds = list(seed)
     if len(seeds) != batch:
         raise ValueError(f"{batch} sequences need {batch} seeds, got {len(seeds)}")
-    if attention_mask is None:
-        return [Sampler(s, row) for s, row in zip(seeds, ids, strict=True)]
-    masks = attention_mask.bool()
-    return [Sampler(s, row[mask]) for s, row, mask in zip(seeds, ids, masks, strict=True)]
+    return [Sampler(s, prompt) for s, prompt in zip(seeds, prompts, strict=True)]
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llmcore import ops
 from llmcore.models.block import Block, Linear, Norm, Pass
-from llmcore.models.cache import KVCache, Span
+from llmcore.models.cache_base import Cache, Span
 from llmcore.models.config import TransformerConfig
 
 
@@ -53,7 +53,7 @@ class Decoder(nn.Module):
     def forward(
         self,
         ids: Tensor,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         *,
         last_only: bool = False,
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
             self.head.out_features = size
         self.config = dataclasses.replace(self.config, vocab_size=size)
 
-    def _hidden(self, ids: Tensor, cache: KVCache | None, counts: Tensor | None) -> Tensor:
+    def _hidden(self, ids: Tensor, cache: Cache | None, counts: Tensor | None) -> Tensor:
         stream = self.embedding(ids)
         span = self._span(stream, counts) if cache is None else cache.reserve(stream, counts)
         rotation = None

@@ -75,7 +75,7 @@ def test_generate_finished_rows_cost_nothing(tiny_decoder, monkeypatch):
 
     monkeypatch.setattr(type(model), "forward", counted)
     generate(model, ids, max_new_tokens=12, stop=end)
-    assert batches == [(4, 5), (4, 1), (4, 1), *[(3, 1)] * 9]
+    assert batches == [*[(1, 5)] * 4, (4, 1), (4, 1), *[(3, 1)] * 9]
 
 
 def test_generate_default_stop_is_the_models_end(tiny_decoder):
@@ -283,7 +283,7 @@ def test_generate_text_refuses(tiny_decoder, tiny_tokenizer):
     model = tiny_decoder(vocab_size=len(tiny_tokenizer))
     with pytest.raises(ValueError, match="prompts as text need a tokenizer"):
         generate(model, "hi", max_new_tokens=1)
-    with pytest.raises(ValueError, match="leaves a prompt without any token"):
+    with pytest.raises(ValueError, match="prompt 1 is without any token"):
         generate(model, ["hi", ""], max_new_tokens=1, tokenizer=tiny_tokenizer)
     with pytest.raises(ValueError, match="attention_mask belongs to ids"):
         generate(

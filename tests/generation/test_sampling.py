@@ -37,7 +37,7 @@ class Fixed(Sampler):
     """A sampler whose next number is known."""
 
     def __init__(self, draw, prompt=()):
-        super().__init__(0, torch.tensor(prompt, dtype=torch.int64))
+        super().__init__(0, prompt)
         self._draw = draw
 
     def draw(self):
@@ -126,9 +126,9 @@ def test_sampling_a_batch_is_each_alone(options):
         logits = random_logits(6, size, seed=3)
         logits[1] *= 0.01
         logits[4] *= 5
-        prompts = torch.randint(size, (6, 9), generator=torch.Generator().manual_seed(4))
-        together = samplers_of(prompts, None, 11)
-        alone = [samplers_of(prompts[b : b + 1], None, 11 + b) for b in range(6)]
+        prompts = torch.randint(size, (6, 9), generator=torch.Generator().manual_seed(4)).tolist()
+        together = samplers_of(prompts, 11)
+        alone = [samplers_of([prompts[b]], 11 + b) for b in range(6)]
         for _ in range(5):
             tokens = Sampling(**options).choose(logits, together)
             for b in range(6):
@@ -139,7 +139,7 @@ def test_sampling_frequencies():
     count = 4000
     logits = random_logits(1, 50, seed=1)
     options = {"temperature": 1.3, "top_k": 20, "top_p": 0.8}
-    tokens = Sampling(**options).choose(logits.expand(count, -1), [Sampler(2, logits)] * count)
+    tokens = Sampling(**options).choose(logits.expand(count, -1), [Sampler(2)] * count)
     frequencies = torch.bincount(tokens, minlength=50) / count
     p = torch.zeros(50)
     for chance, token in plain(logits[0].double().tolist(), **options):
@@ -152,7 +152,7 @@ def test_sampling_keeps_the_equals_of_the_last():
     logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0, 0.0]])
     for options in ({"top_k": 2}, {"top_p": 0.5}):
         sampling = Sampling(temperature=1.0, **options)
-        tokens = sampling.choose(logits.expand(400, -1), [Sampler(0, logits)] * 400)
+        tokens = sampling.choose(logits.expand(400, -1), [Sampler(0)] * 400)
         assert set(tokens.tolist()) == {1, 2, 3, 4}
 
 
@@ -176,14 +176,14 @@ def test_sampling_at_extreme_temperatures(temperature):
 
 def test_sampling_greedy_takes_the_first_of_equals():
     logits = torch.randint(3, (20, 1000), generator=torch.Generator().manual_seed(0)).float()
-    tokens = Sampling().choose(logits, samplers_of(torch.zeros(20, 1), None, 0))
+    tokens = Sampling().choose(logits, [Sampler(0)] * 20)
     assert torch.equal(tokens, logits.argmax(dim=-1))
 
 
 def test_sampling_repetition_penalty_sees_prompt_and_answer():
     logits = torch.tensor([[2.0, 1.9, -1.0, 1.8]])
     sampling = Sampling(repetition_penalty=1.5)
-    [sampler] = samplers_of(torch.tensor([[2, 0]]), torch.tensor([[False, True]]), 0)
+    [sampler] = samplers_of([[0]], 0)
     assert [int(sampling.choose(logits, [sampler])) for _ in range(4)] == [1, 3, 0, 0]
     assert sampler.seen.tolist() == [0, 1, 3, 0, 0]
     assert logits.tolist() == torch.tensor([[2.0, 1.9, -1.0, 1.8]]).tolist()
