@@ -33,8 +33,16 @@ LAYERS = (
     ("verify", "text"),
     ("models",),
     ("generation",),
-    ("generate",),
-    ("benchmarks", "demo", "verify_command"),
+    ("generate", "evaluate"),
+    ("model_arguments",),
+    (
+        "benchmarks",
+        "demo",
+        "verify_command",
+        "chat_command",
+        "generate_command",
+        "evaluate_command",
+    ),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

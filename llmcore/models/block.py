@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcore import ops
-from llmcore.models.cache import KVCache, Span
+from llmcore.models.cache_base import Cache, Span
 from llmcore.models.config import TransformerConfig
 from llmcore.ops.packed_weight import PackedWeight
 
@@ -97,7 +97,7 @@ class Pass:
 
     span: Span
     rotation: tuple[Tensor, Tensor] | None
-    cache: KVCache | None
+    cache: Cache | None
 
 
 class Attention(nn.Module):
@@ -112,6 +112,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.head_width = config.head_width
+        self.window = config.attention_window
         rows = (config.heads + 2 * config.kv_heads) * config.head_width
         self.qkv = Linear(config.width, rows, bias=config.bias)
         self.output = Linear(config.heads * config.head_width, config.width, bias=config.bias)
@@ -124,10 +125,14 @@ class Attention(nn.Module):
         if now.rotation is not None:
             qk = ops.rope(qk, *now.rotation)
         q, k = qk.split((self.heads, self.kv_heads), dim=1)
-        if now.cache is not None:
-            k, v = now.cache.store(self.layer, k, v, now.span)
-        span = now.span
-        y = ops.attention(q, k, v, causal=True, kv_lengths=span.kv_lengths, q_offset=span.q_offset)
+        if now.cache is None:
+            lengths, offset = now.span.kv_lengths, now.span.q_offset
+            y = ops.attention(
+                q, k, v, causal=True, window=self.window, kv_lengths=lengths, q_offset=offset
+            )
+        else:
+            now.cache.store(self.layer, k, v, now.span)
+            y = now.cache.attend(self.layer, q, now.span)
         return self.output(y.transpose(1, 2).reshape(batch, new, -1))
 
 

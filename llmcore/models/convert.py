@@ -214,6 +214,8 @@ def config_to_hugging_face(config: TransformerConfig) -> dict[str, Any]:
     shape = (config.norm, config.activation, config.positions)
     if shape != ("rms_norm", "swiglu", "rope"):
         raise ValueError(f"a Llama has rms_norm, swiglu and rope, not {', '.join(shape)}")
+    if config.window is not None:
+        raise ValueError(f"a Llama's attention has no window, not one of {config.window}")
     return {
         "model_type": "llama",
         "vocab_size": config.vocab_size,

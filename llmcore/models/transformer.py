@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llmcore import ops
 from llmcore.models.block import Block, Embedding, Linear, Norm, Pass, rotations
-from llmcore.models.cache import KVCache, Span
+from llmcore.models.cache_base import Cache, Span
 from llmcore.models.config import TransformerConfig
 from llmcore.models.plan import Plan
 
@@ -54,7 +54,7 @@ class Decoder(nn.Module):
     def forward(
         self,
         ids: Tensor,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         *,
         last_only: bool = False,
@@ -119,14 +119,14 @@ class Decoder(nn.Module):
         self.config = dataclasses.replace(self.config, vocab_size=size)
 
     def _native_logits(
-        self, ids: Tensor, cache: KVCache | None, counts: Tensor | None, last_only: bool
+        self, ids: Tensor, cache: Cache | None, counts: Tensor | None, last_only: bool
     ) -> Tensor | None:
         """The logits by one native call; None where there is no cache, or `Plan.refuses` it."""
         if cache is None or (plan := Plan.of(self, cache)) is None:
             return None
         return plan.logits(ids, cache, counts, last_only)
 
-    def _hidden(self, ids: Tensor, cache: KVCache | None, counts: Tensor | None) -> Tensor:
+    def _hidden(self, ids: Tensor, cache: Cache | None, counts: Tensor | None) -> Tensor:
         stream = self.embedding(ids).to(self.norm.weight.dtype)  # packed, it gives float32
         span = self._span(stream, counts) if cache is None else cache.reserve(stream, counts)
         rotation = None
