@@ -13,7 +13,7 @@ import torch
 from llmcore import dispatch, ops
 from llmcore.benchmarks import contest, memory, timing
 from llmcore.generation.batch import Task, steps
-from llmcore.generation.sampling import Sampler, Sampling
+from llmcore.generation.sampling import Sampling, samplers_of
 from llmcore.generation.stopping import Stopping
 from llmcore.models import Decoder, TransformerConfig
 from llmcore.ops.sample import Draw, Sample
@@ -108,7 +108,7 @@ def grown_by_generating(tokens: int, keep: Callable[[torch.Tensor], Any]) -> int
         context_length=tokens + 1,
     )
     model = Decoder(config).eval()
-    task = Task(model, [[1]], tokens, Sampling(1.0), Stopping(()), [Sampler(0)])
+    task = Task(model, [[1]], tokens, Sampling(1.0), Stopping(()), samplers_of([[1]], 0))
     kept, before = [], 0
     for step in steps(task):
         kept.append(keep(step.logits))
