@@ -16,7 +16,7 @@ namespace llmcore {
 #define LLMCORE_LEVELS(X) X(portable)
 #endif
 
-enum class Dtype : int32_t { float32, bfloat16, float16 };
+enum class Dtype : int32_t { float32, bfloat16, float16, int8 };  // int8: where a comment says so only
 
 // What a kernel needs from its host: threads and scratch memory. Set once, by whoever loads the kernels.
 struct Runtime {
@@ -282,7 +282,13 @@ struct AttentionProblem {
   const void* v;  // (B, G, S, Dv)
   int64_t B, H, G, T, S, D, Dv;
   int64_t q_strides[3], k_strides[3], v_strides[3];
-  Dtype dtype;
+  Dtype dtype;     // of q
+  Dtype kv_dtype;  // of k and v: q's; the forward pass also takes bfloat16 or int8 beside a float32 q
+  // With int8 each key's row is its integers times one float32: (B, G, S), by strides of (batch, head, position); in
+  // pages (pages, G, page_length). Else null.
+  const float* k_scale;
+  const float* v_scale;
+  int64_t k_scale_strides[3], v_scale_strides[3];
 
   const void* mask;  // broadcast to (B, H, T, S) by its strides, or null; bytes when mask_is_bool, else mask_dtype
   int64_t mask_strides[4];
@@ -331,6 +337,19 @@ struct AttentionBackward {
   void* dv;           // (B, G, S, Dv)
   float* dsinks;
   int64_t out_strides[3], dout_strides[3], dq_strides[3], dk_strides[3], dv_strides[3];
+};
+
+// Rows of a cache of keys or values: y = x in y_dtype, which may be int8, rounded to nearest, ties to even. In int8 a
+// row is divided by its scale first, max|x| / 127; one of zeros has the scale 0, one with inf or NaN the scale NaN, and
+// zeros. x and y (B, G, T, D), scale (B, G, T) or null, by strides of (batch, head, position), the last axis
+// contiguous.
+struct StoreRows {
+  const float* x;
+  void* y;
+  float* scale;
+  int64_t B, G, T, D;
+  int64_t x_strides[3], y_strides[3], scale_strides[3];
+  Dtype y_dtype;
 };
 
 // Not ops, but the limits of this machine that the benchmarks divide by; each keeps every thread busy.
@@ -436,6 +455,7 @@ struct LinearQuantizedForward {
   X(linear_cross_entropy_backward, LinearCrossEntropyBackward) \
   X(attention_forward, AttentionForward)                       \
   X(attention_backward, AttentionBackward)                     \
+  X(store_rows, StoreRows)                                     \
   X(roofline_fma, RooflineChains)                              \
   X(roofline_bf16_pairs, RooflineChains)                       \
   X(roofline_read, RooflineRead)                               \

@@ -16,11 +16,34 @@ from llmcore.ops.attention_definition import Extra, Options, Result, reference
 def refuses(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Extra, options: Options
 ) -> list[str]:
-    reasons = native.refuses_tensors(q, k, v)
+    reasons = refuses_stored(q, k, v, extra)
     for name, tensor in (("mask", extra.mask), ("alibi_slopes", extra.alibi_slopes)):
         if contract.wants_gradient(tensor):
             reasons.append(f"{name} requires a gradient: these kernels have none for it")
     return reasons
+
+
+def refuses_stored(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Extra) -> list[str]:
+    """Why the kernels can't take these queries beside these keys and values."""
+    if k.dtype == q.dtype:
+        return native.refuses_tensors(q, k, v)
+    reasons = native.refuses_tensors(q, extra.k_scale, extra.v_scale)
+    reasons += native.refuses_tensors(k, v, dtypes=(torch.bfloat16, torch.int8))
+    if contract.wants_gradient(q, k, v, extra.k_scale, extra.v_scale, extra.sinks):
+        reasons.append(f"an input requires a gradient: with keys in {k.dtype} there is none")
+    return list(dict.fromkeys(reasons))
+
+
+def raw_scales(extra: Extra) -> tuple[torch.Tensor, ...]:
+    """The scales of keys and values as the raw ops take them, behind all else."""
+    if extra.k_scale is None or extra.v_scale is None:
+        return ()
+    return extra.k_scale.float(), extra.v_scale.float()
+
+
+def beside(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """q as it meets these keys: in their dtype, or else in float32."""
+    return q if q.dtype == keys.dtype else q.float()
 
 
 def raw_arguments(
@@ -28,7 +51,7 @@ def raw_arguments(
 ) -> tuple[Any, ...]:
     """A call as the raw ops take it: dtypes as in csrc/ops.h, the mask with all its axes, the
     lengths, offsets and sinks contiguous."""
-    mask, lengths, offset, sinks, slopes, seed = extra
+    mask, lengths, offset, sinks, slopes, seed = extra[:6]
     if mask is not None:
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     offsets = offset.long().contiguous() if isinstance(offset, torch.Tensor) else None
@@ -93,7 +116,9 @@ def with_contract_arguments(candidate: Candidate) -> Candidate:
     def forward(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Extra, options: Options
     ) -> Result:
-        y, lse = raw_forward(*raw_arguments(q, k, v, extra, options))
+        call = raw_arguments(beside(q, k), k, v, extra, options)
+        y, lse = raw_forward(*call, *raw_scales(extra))
+        y = y.to(q.dtype)
         return (y, lse) if options.return_lse else y
 
     def backward(
@@ -182,7 +207,7 @@ def record(
     options: Options,
 ) -> Result:
     """kernel.forward(...) with its gradient."""
-    mask, kv_lengths, q_offset, sinks, slopes, seed = extra
+    mask, kv_lengths, q_offset, sinks, slopes, seed = extra[:6]
     with_lse = options._replace(return_lse=True)
     rest = (mask, kv_lengths, q_offset, slopes, seed, with_lse, kernel)
     y, lse = Attention.record(q, k, v, sinks, *rest)
