@@ -46,18 +46,19 @@ void for_rows(const StoreRows& a, const F& body) {
 }  // namespace
 
 bool store_rows(const StoreRows& a) {
-  if (a.y_dtype == Dtype::int8) {
-    for_rows(a, [&](int64_t x, int64_t y, int64_t scale) {
-      a.scale[scale] = quantize(a.x + x, a.D, static_cast<int8_t*>(a.y) + y);
+  const auto convert = [&](auto* y) {
+    for_rows(a, [&](int64_t from, int64_t to, int64_t) { map_row(y + to, a.D, [](vec v) { return v; }, a.x + from); });
+  };
+  if (a.kv_dtype == KvDtype::same) {
+    convert(static_cast<float*>(a.y));
+  } else if (a.kv_dtype == KvDtype::bfloat16) {
+    convert(static_cast<bfloat16*>(a.y));
+  } else {
+    for_rows(a, [&](int64_t from, int64_t to, int64_t scale) {
+      a.scale[scale] = quantize(a.x + from, a.D, static_cast<int8_t*>(a.y) + to);
     });
-    return true;
   }
-  return with_dtype(a.y_dtype, [&](auto t) {
-    for_rows(a, [&](int64_t x, int64_t y, int64_t) {
-      map_row(static_cast<decltype(t)*>(a.y) + y, a.D, [](vec v) { return v; }, a.x + x);
-    });
-    return true;
-  });
+  return true;
 }
 
 }  // namespace llmcore::LLMCORE_LEVEL

@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
                          {mask, kv_lengths, q_offsets, sinks, alibi_slopes, seed, q_offset, causal, window_left,
                           window_right, scale, softcap, dropout_p});
   const AttentionProblem& p = a.problem;
-  STD_TORCH_CHECK(p.kv_dtype == p.dtype, "k, v: expected q's dtype");
+  STD_TORCH_CHECK(p.kv_dtype == KvDtype::same, "k, v: expected q's dtype");
   for (const Tensor* t : {&gradient, &result}) {
     check_heads(*t, 4, "dout, out");
     STD_TORCH_CHECK(t->size(0) == p.B && t->size(1) == p.H && t->size(2) == p.T && t->size(3) == p.Dv &&

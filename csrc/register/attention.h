@@ -61,7 +61,7 @@ inline const float* floats_at(const OptionalTensor& t, const char* name) {
 // q, k and v of a problem whose sizes are set: all of one dtype.
 inline void set_tensors(AttentionProblem& p, const Tensor& q, const Tensor& k, const Tensor& v) {
   STD_TORCH_CHECK(p.G > 0 && p.H % p.G == 0, "q: expected a multiple of k's heads");
-  p.dtype = p.kv_dtype = dtype_of(q, "q");
+  p.dtype = dtype_of(q, "q");
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "k, v: expected q's dtype");
   p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
 }
@@ -86,7 +86,7 @@ inline void set_cache_tensors(AttentionProblem& p, const Tensor& q, const Tensor
   }
   set_tensors(p, q, q, q);
   p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
-  p.kv_dtype = is_int8 ? Dtype::int8 : Dtype::bfloat16;
+  p.kv_dtype = is_int8 ? KvDtype::int8 : KvDtype::bfloat16;
   if (!is_int8) return;
   p.k_scale = scales_of(k_scale, k, p.k_scale_strides, "k_scale");
   p.v_scale = scales_of(v_scale, v, p.v_scale_strides, "v_scale");

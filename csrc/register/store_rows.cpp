@@ -16,10 +16,12 @@ void store_rows(int64_t level, const Tensor& rows, const Tensor& y, const Option
   set_strides(a.x_strides, x);
   set_strides(a.y_strides, y);
   if (y.scalar_type() == ScalarType::Char) {
-    a.y_dtype = Dtype::int8;
+    a.kv_dtype = KvDtype::int8;
     a.scale = const_cast<float*>(scales_of(scale, x, a.scale_strides, "scale"));
   } else {
-    a.y_dtype = dtype_of(y, "y");
+    const bool is_bfloat16 = y.scalar_type() == ScalarType::BFloat16;
+    STD_TORCH_CHECK(is_bfloat16 || y.scalar_type() == ScalarType::Float, "y: expected float32, bfloat16 or int8");
+    a.kv_dtype = is_bfloat16 ? KvDtype::bfloat16 : KvDtype::same;
     STD_TORCH_CHECK(!scale.has_value(), "scale: expected none, y is not int8");
   }
   check_scratch(kernels_of(level).store_rows(a));
