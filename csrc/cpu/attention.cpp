@@ -58,7 +58,7 @@ class Forward {
     chunks_ = (keys + KEY_CHUNK - 1) / KEY_CHUNK;
     // Below about 64k multiply-adds a second thread costs more than it saves.
     is_small_ = p_.B * p_.H * queries * keys * (p_.D + p_.Dv) < 65536;
-    const bool whole_vectors = p_.D % (VECTOR_WORDS<K> * WORD<K>) == 0 && p_.Dv % LANES == 0;
+    const bool whole_vectors = p_.D % (VECTOR_WORDS<K> * WORD<K>) == 0 && p_.Dv % (COLUMN_VECTORS<K> * LANES) == 0;
     if (query_blocks_ <= 1) {
       packing_ = rows <= 2 * TILE_ROWS && whole_vectors ? Packing::none : Packing::of_block;
     } else {

@@ -375,7 +375,11 @@ template <int R, class T>
 }
 static_assert(CHAIN == INT64_MAX || CHAIN % (4 * LANES) == 0);
 
-// V as it lies in memory, for a width of whole vectors.
+// Bfloat16 columns are taken from memory two vectors at once, which is cheapest by even and odd ones.
+template <class T>
+constexpr int64_t COLUMN_VECTORS = std::is_base_of_v<bfloat16, T> ? 2 : 1;
+
+// V as it lies in memory, for a width of whole COLUMN_VECTORS; its columns are those of split_columns.
 template <class T>
 struct ValueRows {
   // Joining pairs takes registers.
@@ -383,14 +387,47 @@ struct ValueRows {
   const T* const* rows;
   int64_t column;
   INLINE vec at(int64_t k, int64_t d) const {
+    if constexpr (COLUMN_VECTORS<T> == 1) return load(rows[k] + column + d);
+    const bool odd = d / LANES % 2 != 0;
+    const int64_t first = column + d - (odd ? LANES : 0);
+    const auto bits = [&](int64_t row) __attribute__((always_inline)) {
+      return bits_of<uvec>(load(reinterpret_cast<const float*>(rows[row] + first)));
+    };
     if constexpr (IN_PAIRS<T>) {
-      return pair_words(load(rows[2 * k] + column + d), load(rows[2 * k + 1] + column + d));
+      const uvec a = bits(2 * k), b = bits(2 * k + 1);
+      return bits_of<vec>(odd ? a >> 16 | (b & 0xffff0000u) : (a & 0xffffu) | b << 16);
     } else {
-      return load(rows[k] + column + d);
+      return bits_of<vec>(odd ? bits(k) & 0xffff0000u : bits(k) << 16);
     }
   }
   INLINE ValueRows from(int64_t k, int64_t d) const { return {rows + k * WORD<T>, column + d}; }
 };
+
+// Rows of values with their columns as ValueRows has them, and back.
+template <class T>
+void split_columns(const float* rows, int64_t size, float* split) {
+  if constexpr (COLUMN_VECTORS<T> == 1) {
+    std::memcpy(split, rows, size_t(size) * sizeof(float));
+  } else {
+    for (int64_t i = 0; i < size; i += 2 * LANES) {
+      vec even, odd;
+      split_pairs(load(rows + i), load(rows + i + LANES), even, odd);
+      store(split + i, even, odd);
+    }
+  }
+}
+template <class T>
+void join_columns(const float* split, int64_t size, float* rows) {
+  if constexpr (COLUMN_VECTORS<T> == 1) {
+    std::memcpy(rows, split, size_t(size) * sizeof(float));
+  } else {
+    for (int64_t i = 0; i < size; i += 2 * LANES) {
+      vec a, b;
+      join_pairs(load(split + i), load(split + i + LANES), a, b);
+      store(rows + i, a, b);
+    }
+  }
+}
 
 // C (rows, width) += A (rows, depth) B (depth, width), C with rows of `width`, a multiple of LANES; depth in words.
 template <class Products, class B>

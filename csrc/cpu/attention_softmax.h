@@ -166,33 +166,35 @@ struct RowTile {
   void multiply_values(const KeyBlock<T>& block, KeyRange keys, KeyRange seen) {
     const int64_t width = padded(sequence.problem.Dv), size = count * width;
     if (block.rows == nullptr) {
-      multiply_values(MatrixRows{block.values, width}, seen);
+      multiply_values(MatrixRows{block.values, width}, seen, values);
       if (!block.finite) add_nonfinite(BlockRows<T>(sequence, g, keys), keys.begin, seen);
       return;
     }
-    if constexpr (HAS_SCALES<T>) {
-      multiply_values(ValueRows<T>{block.rows->values, 0}, seen);
+    split_columns<T>(values, size, space.values);
+    multiply_values(ValueRows<T>{block.rows->values, 0}, seen, space.values);
+    if (HAS_SCALES<T> || are_finite(space.values, size)) {
+      join_columns<T>(space.values, size, values);
       if (!block.finite) add_nonfinite(*block.rows, keys.begin, seen);
       return;
     }
-    std::memcpy(space.values, values, size_t(size) * sizeof(float));
-    multiply_values(ValueRows<T>{block.rows->values, 0}, seen);
-    vec nonfinite = {};
-    for (int64_t i = 0; i < size; i += LANES) nonfinite += load(values + i) - load(values + i);
-    if (sum_lanes(nonfinite) == 0.0f) return;
     // Something that was multiplied is not finite, and not every row may see it: once more without that.
-    std::memcpy(values, space.values, size_t(size) * sizeof(float));
     float* packed = space.values + TILE_ROWS * width;
     pack_values(block.rows->values, block.rows->count, sequence.problem.Dv, packed);
-    multiply_values(MatrixRows{packed, width}, seen);
+    multiply_values(MatrixRows{packed, width}, seen, values);
     add_nonfinite(*block.rows, keys.begin, seen);
   }
 
   template <class B>
-  void multiply_values(const B& block_values, KeyRange seen) {
+  void multiply_values(const B& block_values, KeyRange seen, float* into) {
     const int64_t begin = seen.begin / WORD<T>;
-    accumulate_product<ProductsOf<T>>(count, {space.scores + begin, KEY_BLOCK, 1}, block_values.from(begin, 0), values,
+    accumulate_product<ProductsOf<T>>(count, {space.scores + begin, KEY_BLOCK, 1}, block_values.from(begin, 0), into,
                                       padded(sequence.problem.Dv), words<T>(seen.end) - begin);
+  }
+
+  static bool are_finite(const float* x, int64_t size) {
+    vec nonfinite = {};
+    for (int64_t i = 0; i < size; i += LANES) nonfinite += load(x + i) - load(x + i);
+    return sum_lanes(nonfinite) == 0.0f;
   }
 
   // NaN and inf of values: what a row may not see must not reach it, and what it sees counts even with a weight that
