@@ -5,7 +5,7 @@
 
 from llmcore import models, ops, text
 from llmcore.dispatch import backends, explain, use
-from llmcore.generate import generate, stream
+from llmcore.generate import best_of, generate, stream
 from llmcore.ops.packed_weight import PackedWeight, pack
 from llmcore.verify import verify
 
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PackedWeight",
     "backends",
+    "best_of",
     "explain",
     "generate",
     "models",

@@ -19,6 +19,7 @@ from run_report import (  # noqa: F401  (pytest finds hooks and fixtures by name
     pytest_terminal_summary,
 )
 
+from llmcore.dispatch import REGISTRY
 from llmcore.models import Decoder, TransformerConfig, load, smollm2
 from llmcore.text import Tokenizer
 from llmcore.text.tokenizer import _byte_alphabet
@@ -62,6 +63,16 @@ def tiny_decoder():
     torch.set_num_threads(1)
     yield make
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def native_kernels():
+    """Bits are promised by the kernels: the definitions' sums depend on the shapes."""
+    for op in ("attention", "paged_attention", "linear"):
+        candidate = REGISTRY[op].candidate("cpu")
+        why = REGISTRY[op].why_absent("cpu") if candidate is None else candidate.machine
+        if why:
+            pytest.skip(why)
 
 
 @pytest.fixture

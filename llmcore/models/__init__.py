@@ -3,6 +3,7 @@
 from llmcore.models.cache import KVCache
 from llmcore.models.config import TransformerConfig
 from llmcore.models.files import load, save
+from llmcore.models.paged_cache import PagedKVCache
 from llmcore.models.transformer import Decoder
 
-__all__ = ["Decoder", "KVCache", "TransformerConfig", "load", "save"]
+__all__ = ["Decoder", "KVCache", "PagedKVCache", "TransformerConfig", "load", "save"]

@@ -14,15 +14,45 @@ import torch
 from torch import Tensor, nn
 
 from llmcore import ops
-from llmcore.models.cache import KVCache, Span
+from llmcore.models.cache_base import Cache, Span
 from llmcore.models.config import TransformerConfig
+from llmcore.ops.packed_weight import PackedWeight
 
 
-class Linear(nn.Linear):
+class Packable(nn.Module):
+    """A module whose weight is a parameter, or a PackedWeight in its place, which is none."""
+
+    weight: nn.Parameter | PackedWeight
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight; ValueError when it is packed."""
+        if isinstance(self.weight, PackedWeight):
+            raise ValueError(
+                "the model's weights are packed, for inference: load it without `weights`"
+            )
+        return self.weight
+
+    def pack(self, weight: PackedWeight) -> None:
+        """Take this weight in the place of the parameter."""
+        del self.weight
+        self.weight = weight
+
+
+class Linear(Packable, nn.Linear):  # type: ignore[misc]
     """y = x Wᵀ + b through `ops.linear`; parameters as in torch: weight (out, in), bias (out,)."""
 
     def forward(self, input: Tensor) -> Tensor:
         return ops.linear(input, self.weight, self.bias)
+
+
+class Embedding(Packable, nn.Embedding):  # type: ignore[misc]
+    """A row of the weight (V, C) for each token."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(self.weight, PackedWeight):
+            return self.weight.rows(input)
+        return super().forward(input)
 
 
 class Norm(nn.Module):
@@ -47,6 +77,15 @@ class Norm(nn.Module):
         return ops.add_layer_norm(branch, stream, self.weight, self.bias, self.eps)
 
 
+def rotations(config: TransformerConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles at positions (...), float32 (..., D/2) each."""
+    # In float32 whatever the model's dtype: the weights were trained with these very angles.
+    pairs = torch.arange(0, config.head_width, 2, device=positions.device)
+    frequencies = 1.0 / config.rope_theta ** (pairs.float() / config.head_width)
+    angles = positions[..., None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
 @dataclass(frozen=True)
 class Pass:
     """What all blocks of one forward pass share.
@@ -58,7 +97,7 @@ class Pass:
 
     span: Span
     rotation: tuple[Tensor, Tensor] | None
-    cache: KVCache | None
+    cache: Cache | None
 
 
 class Attention(nn.Module):
@@ -73,6 +112,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.head_width = config.head_width
+        self.window = config.attention_window
         rows = (config.heads + 2 * config.kv_heads) * config.head_width
         self.qkv = Linear(config.width, rows, bias=config.bias)
         self.output = Linear(config.heads * config.head_width, config.width, bias=config.bias)
@@ -85,10 +125,14 @@ class Attention(nn.Module):
         if now.rotation is not None:
             qk = ops.rope(qk, *now.rotation)
         q, k = qk.split((self.heads, self.kv_heads), dim=1)
-        if now.cache is not None:
-            k, v = now.cache.store(self.layer, k, v, now.span)
-        span = now.span
-        y = ops.attention(q, k, v, causal=True, kv_lengths=span.kv_lengths, q_offset=span.q_offset)
+        if now.cache is None:
+            lengths, offset = now.span.kv_lengths, now.span.q_offset
+            y = ops.attention(
+                q, k, v, causal=True, window=self.window, kv_lengths=lengths, q_offset=offset
+            )
+        else:
+            now.cache.store(self.layer, k, v, now.span)
+            y = now.cache.attend(self.layer, q, now.span)
         return self.output(y.transpose(1, 2).reshape(batch, new, -1))
 
 

@@ -1,135 +1,149 @@
 """The key/value cache: what a decoder remembers of the tokens it has already read.
 
-Each layer has two buffers, keys and values, (B, G, capacity, D). A sequence always starts in slot 0
-and its slots have no holes, whatever padding it came with: sequence b holds `lengths[b]` tokens in
-the slots below `lengths[b]`, and what lies behind them is never read. So a row's keys stand at the
-same slots in every batch, and padding costs no attention.
-
-It is for inference: no gradient goes back through the buffers. A forward pass makes room once, lets
-every layer store, and commits at its end; a pass that fails half-way leaves the cache as it was.
+Each layer has two buffers, keys and values, (B, G, capacity, D). A sequence's slots have no holes,
+whatever padding it came with: sequence b has its tokens in the slots from 0 to the number of those
+it still holds, and what lies behind them is never read. So a row's keys stand at the same slots in
+every batch, and padding costs no attention.
 """
 
-from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from llmcore import ops
+from llmcore.models.cache_base import KEY_CHUNK, Cache, Kept, Span
 from llmcore.models.config import TransformerConfig
+from llmcore.models.kv_buffers import Buffers, StoredDtype, encode
 
 
-@dataclass(frozen=True)
-class Span:
-    """Where the T new tokens of one forward pass go.
+class KVCache(Cache):
+    """Keys and values of B sequences, all layers, each sequence's side by side.
 
-    positions   (T,) or, when the sequences have different lengths, (B, T); int64
-    kv_lengths  (B,) int64: tokens of each sequence with the new ones; None when all are `end`
-    q_offset    int or (B,): the position of the first new token
-    end         slots in use after the pass, over all sequences
+    `capacity` slots are reserved at the first use. Buffers that are full double, which copies: a
+    cache that grows from empty to S tokens copies at most 2 S of them in all. With `static` they
+    never grow: they keep their addresses, and a pass that has no room is a ValueError.
     """
 
-    positions: Tensor
-    kv_lengths: Tensor | None
-    q_offset: int | Tensor
-    end: int
-
-
-class KVCache:
-    """Keys and values of B sequences, all layers, in buffers that double when they are full.
-
-    `capacity` slots are reserved at the first use. Growing copies, so that a cache which grows from
-    empty to S tokens copies at most 2 S of them in all.
-    """
-
-    def __init__(self, config: TransformerConfig, batch: int, capacity: int = 256) -> None:
-        if batch < 1 or capacity < 1:
-            raise ValueError(f"batch and capacity must be at least 1, got {batch} and {capacity}")
-        self.config = config
-        self.batch = batch
+    def __init__(
+        self,
+        config: TransformerConfig,
+        batch: int,
+        capacity: int = 256,
+        *,
+        dtype: StoredDtype | None = None,
+        static: bool = False,
+    ) -> None:
+        super().__init__(config, batch, dtype)
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1, got {capacity}")
         self.capacity = min(capacity, config.context_length)
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self._longest = 0
-        self._lengths: Tensor | None = None  # None: all sequences have _longest tokens
-
-    def __len__(self) -> int:
-        """Tokens of the longest sequence."""
-        return self._longest
-
-    @property
-    def lengths(self) -> Tensor:
-        """(B,) int64, the tokens of each sequence."""
-        if self._lengths is None:
-            return torch.full((self.batch,), self._longest)
-        return self._lengths
+        self.static = static
 
     def reserve(self, like: Tensor, counts: Tensor | None) -> Span:
-        """Room for the new tokens of a pass.
-
-        like    (B, T, C): the new tokens' vectors; gives T, dtype and device
-        counts  (B,) int64: how many of the T belong to each sequence (the first ones); None = all
-        """
-        batch, new = like.shape[:2]
-        if batch != self.batch:
-            raise ValueError(f"this cache holds {self.batch} sequences, got ids of {batch}")
-        self._make_room(self._longest + new, like)
+        self._check(like)
+        new = like.shape[1]
+        self._make_room(new, like)
         steps = torch.arange(new, device=like.device)
-        if self._lengths is None:
-            start = self._longest
-            kv_lengths = None if counts is None else start + counts
-            return Span(start + steps, kv_lengths, start, start + new)
-        kv_lengths = self._lengths + (new if counts is None else counts)
-        positions = self._lengths[:, None] + steps
-        return Span(positions, kv_lengths, self._lengths, self._longest + new)
+        used, forgotten = (_same_or_tensor(n, like) for n in (self._used, self._forgotten))
+        first = used + forgotten
+        positions = steps + (first if isinstance(first, int) else first[:, None])
+        end = max(self._used) + new
+        if counts is not None:
+            return Span(positions, used + counts, used, end)
+        lengths = None if isinstance(used, int) else used + new
+        return Span(positions, lengths, used, end)
 
-    def store(self, layer: int, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """Put k and v (B, G, T, D) into `layer`; returns all its keys and values (B, G, end, D)."""
-        keys, values = self.keys[layer], self.values[layer]
-        if span.positions.ndim == 1:
-            start = span.end - k.shape[2]
-            keys[:, :, start : span.end] = k
-            values[:, :, start : span.end] = v
-        else:
-            rows = torch.arange(self.batch, device=k.device)[:, None]
-            keys.transpose(1, 2)[rows, span.positions] = k.transpose(1, 2)
-            values.transpose(1, 2)[rows, span.positions] = v.transpose(1, 2)
-        return keys[:, :, : span.end], values[:, :, : span.end]
+    def store(self, layer: int, k: Tensor, v: Tensor, span: Span) -> None:
+        for new, (buffer, scales) in zip((k, v), self.buffers.layer(layer), strict=True):
+            stored, scale = encode(new, self.dtype)
+            _write(buffer, stored, span)
+            if scales is not None and scale is not None:
+                _write(scales, scale, span)
 
-    def commit(self, span: Span) -> None:
-        """The pass is through: its tokens now count."""
-        self._longest = span.end
-        if span.kv_lengths is not None:
-            self._set_lengths(span.kv_lengths)
+    def attend(self, layer: int, q: Tensor, span: Span) -> Tensor:
+        k, v = self.buffers.decoded(layer, q.dtype, lambda tensor: tensor[:, :, : span.end])
+        return ops.attention(
+            q,
+            k,
+            v,
+            causal=True,
+            window=self.config.attention_window,
+            kv_lengths=span.kv_lengths,
+            q_offset=span.q_offset,
+        )
 
     def select(self, rows: Tensor) -> None:
-        """Keep only these sequences, (K,) int64 indices, in this order."""
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
-        self.batch = len(rows)
-        if self._lengths is not None:
-            self._set_lengths(self._lengths[rows])
+        """As Cache says. Where rows only leave, those behind them move up; else, all are copied."""
+        wanted = rows.tolist()
+        if all(first < second for first, second in pairwise(wanted)):
+            for tensor in self.buffers.tensors():
+                for place, row in enumerate(wanted):
+                    if place != row:
+                        tensor[place, :, : self._used[row]] = tensor[row, :, : self._used[row]]
+            self.buffers = self.buffers.map(lambda tensor: tensor[: len(wanted)])
+        else:
+            self.buffers = self.buffers.map(lambda tensor: tensor[rows])
+        self.batch = len(wanted)
+        self._used = [self._used[row] for row in wanted]
+        self._forgotten = [self._forgotten[row] for row in wanted]
 
-    def _set_lengths(self, lengths: Tensor) -> None:
-        shortest, longest = lengths.aminmax()
-        self._longest = int(longest)
-        self._lengths = None if bool(shortest == longest) else lengths
+    def take(self, row: int) -> Kept:
+        kept = self.buffers.map(lambda tensor: tensor[row, :, : self._used[row]])
+        return Kept(kept, self._forgotten[row])
 
-    def _make_room(self, needed: int, like: Tensor) -> None:
-        limit = self.config.context_length
-        if needed > limit:
-            raise ValueError(
-                f"{self._longest} tokens in the cache and {needed - self._longest} new ones "
-                f"exceed the context length of {limit}"
-            )
+    def put(self, row: int, kept: Kept) -> None:
+        self._check_kept(kept)
+        self._used[row] = self._forgotten[row] = 0
+        length = kept.length - kept.first
+        self._grow(length, kept.buffers.keys[0])
+        for tensor, source in zip(self.buffers.tensors(), kept.buffers.tensors(), strict=True):
+            tensor[row, :, :length] = source
+        self._used[row], self._forgotten[row] = length, kept.first
+
+    def _make_room(self, new: int, like: Tensor) -> None:
+        if self.keys and max(self._used) + new > self.capacity:
+            self._forget()
+        self._grow(max(self._used) + new, like)
+
+    def _forget(self) -> None:
+        """Whole chunks that no query can see any more leave; the slots behind them move up."""
+        for row, used in enumerate(self._used):
+            if gone := self._unseen(row, KEY_CHUNK):
+                for tensor in self.buffers.tensors():
+                    tensor[row, :, : used - gone] = tensor[row, :, gone:used].clone()
+                self._used[row] -= gone
+                self._forgotten[row] += gone
+
+    def _grow(self, needed: int, like: Tensor) -> None:
+        """Buffers of at least `needed` slots, the first time in the dtype of `like`."""
+        if self.static and needed > self.capacity:
+            raise ValueError(f"the cache is full: {needed} slots needed, capacity {self.capacity}")
         if self.keys and needed <= self.capacity:
             return
         while self.capacity < needed:
-            self.capacity = min(2 * self.capacity, limit)
-        self.keys = [self._grown(like, self.keys, i) for i in range(self.config.layers)]
-        self.values = [self._grown(like, self.values, i) for i in range(self.config.layers)]
-
-    def _grown(self, like: Tensor, old: list[Tensor], layer: int) -> Tensor:
+            self.capacity = min(2 * self.capacity, self.config.context_length)
         shape = (self.batch, self.config.kv_heads, self.capacity, self.config.head_width)
-        buffer = like.new_empty(shape)
-        if old:
-            buffer[:, :, : self._longest] = old[layer][:, :, : self._longest]
-        return buffer
+        like = self.keys[0] if self.keys else like
+        grown = Buffers.empty(self.config.layers, shape, like, self.dtype)
+        used = max(self._used)
+        for tensor, old in zip(grown.tensors(), self.buffers.tensors(), strict=False):
+            tensor[:, :, :used] = old[:, :, :used]
+        self.buffers = grown
+
+
+def _same_or_tensor(numbers: list[int], like: Tensor) -> int | Tensor:
+    """The number that all sequences share, else all, (B,) int64."""
+    if numbers.count(numbers[0]) == len(numbers):
+        return numbers[0]
+    return torch.tensor(numbers, device=like.device)
+
+
+def _write(buffer: Tensor, new: Tensor, span: Span) -> None:
+    """new (B, G, T, ...) into buffer (B, G, capacity, ...)."""
+    if isinstance(span.q_offset, int):
+        buffer[:, :, span.q_offset : span.end] = new
+        return
+    rows = torch.arange(len(new), device=new.device)[:, None]
+    slots = span.q_offset[:, None] + torch.arange(new.shape[2], device=new.device)
+    buffer.transpose(1, 2)[rows, slots] = new.transpose(1, 2)

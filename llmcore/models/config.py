@@ -19,6 +19,7 @@ class TransformerConfig:
     activation  "swiglu" (gated) or "gelu_tanh" (plain, the tanh form of GPT-2)
     positions   "rope" (half-split pairs, all of D) or "learned" (one vector for each position)
     bias        whether the linear layers of the blocks have one
+    window      attention sees the last `window` tokens only, its own included; None: all
     """
 
     vocab_size: int
@@ -37,6 +38,7 @@ class TransformerConfig:
     bias: bool = False
     tied_embeddings: bool = True
     eos_ids: tuple[int, ...] = ()
+    window: int | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width",
@@ -45,6 +47,10 @@ class TransformerConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.window is not None and (type(self.window) is not int or self.window < 1):
+            raise ValueError(
+                f"window must be None or a whole number of at least 1, got {self.window!r}"
+            )
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0.0 < value < float("inf"):
@@ -71,3 +77,8 @@ class TransformerConfig:
                 raise ValueError(
                     f"eos_ids must be token ids below vocab_size {self.vocab_size}, got {token!r}"
                 )
+
+    @property
+    def attention_window(self) -> tuple[int, int] | None:
+        """`window` as ops.attention takes it: keys before and after a query's own."""
+        return None if self.window is None else (self.window - 1, 0)

@@ -190,7 +190,9 @@ def refuses(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, pages: Pages, options: Options
 ) -> list[str]:
     extra = pages.extra
-    reasons = refuses_stored(q, k_pages, v_pages, extra)
+    if k_pages.dtype != q.dtype:
+        return refuses_stored(q, k_pages, v_pages, extra)
+    reasons = native.refuses_tensors(q, k_pages, v_pages)
     if contract.wants_gradient(q, k_pages, v_pages, extra.sinks, extra.alibi_slopes):
         reasons.append("an input requires a gradient: these kernels have no backward pass")
     return reasons
@@ -215,14 +217,14 @@ def with_contract_arguments(candidate: Candidate) -> Candidate:
         pages: Pages,
         options: Options,
     ) -> Result:
-        # Without a mask: it stands behind q, k and v. The seed stands before the int offset.
-        queries, _, _, _, *extra, _, offset, causal, left, right, scale, softcap, _ = raw_arguments(
-            beside(q, k_pages), k_pages, v_pages, pages.extra, options
+        # Without the mask and the seed.
+        queries, _, _, scale, causal, offset, _, *tensors, _, left, right, softcap, _ = (
+            raw_arguments(beside(q, k_pages), k_pages, v_pages, pages.extra, options)
         )
         table = pages.table.long().contiguous()
-        rest = (table, *extra, offset, causal, left, right, scale, softcap)
+        rest = (table, *tensors, offset, causal, left, right, scale, softcap)
         try:
-            y, lse = raw_forward(queries, k_pages, v_pages, *rest, *raw_scales(pages.extra))
+            y, lse = raw_forward(queries, k_pages, v_pages, *rest, **raw_scales(pages.extra))
         except RuntimeError as error:
             if "page_table: page" not in str(error):
                 raise
@@ -273,6 +275,7 @@ def paged_attention(
     q (B, H, T, D); k_pages (P, G, L, D) and v_pages (P, G, L, Dv), pages of L places; page_table
     (B, M) int32 or int64, the pages of each sequence in order (what lies past its length is never
     looked at); kv_lengths (B). Returns (B, H, T, Dv) in q's dtype, or that and the lse.
+    For inference: where a gradient is wanted, the definition runs.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.

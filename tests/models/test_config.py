@@ -31,6 +31,8 @@ SIZES = {
         ({"positions": "alibi"}, "positions must be one of rope, learned, got 'alibi'"),
         ({"heads": 3, "kv_heads": 2}, "heads must be a multiple of kv_heads, got 3 and 2"),
         ({"head_width": 3}, "head_width must be even, got 3"),
+        ({"window": 0}, "window must be None or a whole number of at least 1, got 0"),
+        ({"window": True}, "window must be None or a whole number of at least 1, got True"),
         ({"eos_ids": (10,)}, "eos_ids must be token ids below vocab_size 10, got 10"),
     ],
 )

@@ -119,6 +119,8 @@ def test_convert_refuses_other_llamas(tiny_decoder, change, message):
 
 
 def test_convert_refuses_to_call_gpt2_a_llama(tiny_decoder, gpt2_shape):
+    with pytest.raises(ValueError, match="a Llama's attention has no window, not one of 9"):
+        config_to_hugging_face(tiny_decoder(window=9).config)
     with pytest.raises(ValueError, match="not layer_norm, gelu_tanh, learned"):
         config_to_hugging_face(tiny_decoder(**gpt2_shape).config)
 

@@ -1,11 +1,10 @@
 """Generation: greedy is argmax, cached is uncached, batched is single, sampling is what it says."""
 
-import math
-
 import pytest
 import torch
 
-from llmcore.generate import Sampling, generate, stream
+from llmcore.generate import best_of, generate, stream
+from llmcore.models.convert import to_transformers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,7 +75,7 @@ def test_generate_finished_rows_cost_nothing(tiny_decoder, monkeypatch):
 
     monkeypatch.setattr(type(model), "forward", counted)
     generate(model, ids, max_new_tokens=12, stop=end)
-    assert batches == [(4, 5), (4, 1), (4, 1), *[(3, 1)] * 9]
+    assert batches == [*[(1, 5)] * 4, (4, 1), (4, 1), *[(3, 1)] * 9]
 
 
 def test_generate_default_stop_is_the_models_end(tiny_decoder):
@@ -126,76 +125,6 @@ def test_generate_seeds_belong_to_sequences(model):
     torch.manual_seed(3)
     assert torch.equal(first, generate(model, ids[:1], **options))
     assert not torch.equal(first, second)
-
-
-def plain_filter(logits, temperature, top_k=None, top_p=None, min_p=None):
-    """The definition, token by token, in Python's float64."""
-    scores = [x / temperature for x in logits]
-    order = sorted(range(len(scores)), key=lambda i: -scores[i])
-    kept = order[: top_k or len(order)]
-    p = {i: math.exp(scores[i] - scores[order[0]]) for i in kept}
-    if top_p is not None:
-        total, reached, nucleus = sum(p.values()), 0.0, {}
-        for i in kept:
-            if reached >= top_p:
-                break
-            nucleus[i] = p[i]
-            reached += p[i] / total
-        p = nucleus
-    if min_p is not None:
-        p = {i: x for i, x in p.items() if x >= min_p * max(p.values())}
-    total = sum(p.values())
-    return [p.get(i, 0.0) / total for i in range(len(logits))]
-
-
-FILTERS = [
-    {"temperature": 1.0},
-    {"temperature": 0.3},
-    {"temperature": 2.0, "top_k": 5},
-    {"temperature": 1.0, "top_k": 1},
-    {"temperature": 1.0, "top_k": 1000},
-    {"temperature": 1.0, "top_p": 0.7},
-    {"temperature": 1.0, "top_p": 1e-6},
-    {"temperature": 1.0, "top_p": 1.0},
-    {"temperature": 0.8, "min_p": 0.1},
-    {"temperature": 1.3, "top_k": 20, "top_p": 0.8, "min_p": 0.05},
-]
-
-
-@pytest.mark.parametrize("options", FILTERS, ids=str)
-def test_sampling_filters_are_the_plain_ones(options):
-    logits = 2 * torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
-    got = Sampling(**options).probabilities(logits)
-    expected = torch.tensor([plain_filter(row, **options) for row in logits.double().tolist()])
-    assert torch.equal(got > 0, expected > 0)
-    torch.testing.assert_close(got, expected.float(), atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("options", FILTERS, ids=str)
-def test_sampling_frequencies(options):
-    """40,000 draws stay within 5 standard errors of the plain definition's probabilities."""
-    count = 40_000
-    logits = 2 * torch.randn(1, 50, generator=torch.Generator().manual_seed(1))
-    generator = torch.Generator().manual_seed(2)
-    tokens = Sampling(**options).choose(logits.expand(count, -1), [generator] * count)
-    frequencies = torch.bincount(tokens, minlength=50) / count
-    p = torch.tensor(plain_filter(logits[0].double().tolist(), **options))
-    assert (frequencies[p == 0] == 0).all()
-    assert ((frequencies - p).abs() <= 5 * (p * (1 - p) / count).sqrt() + 1e-9).all()
-
-
-def test_sampling_rare_tokens_are_neither_lost_nor_invented():
-    """Ends of the range: the last token is reachable, one of probability 0 never is."""
-    logits = torch.tensor([[0.0, float("-inf"), 0.0, float("-inf")]])
-
-    class Fixed:
-        pass
-
-    for draw, expected in ((0.0, 0), (0.4999, 0), (0.5, 2), (1 - 2**-53, 2)):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "rand", lambda *a, d=draw, **k: torch.tensor([d]).double())
-            token = Sampling(temperature=1.0).choose(logits, [torch.Generator()])
-        assert token.item() == expected
 
 
 @pytest.mark.parametrize(
@@ -288,3 +217,112 @@ def test_generate_refuses_logits_that_are_not_numbers(tiny_decoder, temperature:
         model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="logits"):
         generate(model, torch.tensor([[1, 2]]), max_new_tokens=1, temperature=temperature, seed=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "top_k": 9, "seed": 3}])
+def test_generate_log_probabilities_are_the_models(model, options):
+    """Before temperature, filters and penalty; 0 behind a sequence's end."""
+    ids = random_ids(3, 6)
+    options |= {"max_new_tokens": 12, "repetition_penalty": 1.2, "return_logprobs": True}
+    free = generate(model, ids, stop=(), **options)[0][:, 6:]
+    end = int(free[0, 4])
+    result, logprobs = generate(model, ids, stop=end, **options)
+    assert torch.equal(
+        result, generate(model, ids, stop=end, **options | {"return_logprobs": False})
+    )
+    assert logprobs.shape == result[:, 6:].shape and logprobs.dtype == torch.float32
+    expected = model(result[:, :-1])[:, 5:].log_softmax(dim=-1)
+    expected = expected.gather(2, result[:, 6:, None])[..., 0]
+    for b in range(3):
+        stops = (free[b] == end).nonzero()
+        count = int(stops[0, 0]) + 1 if len(stops) else 12
+        assert count < 6 or b
+        torch.testing.assert_close(logprobs[b, :count], expected[b, :count], atol=1e-5, rtol=1e-5)
+        assert (logprobs[b, count:] == 0).all()
+        alone = generate(model, ids[b : b + 1], stop=end, **options | {"seed": 3 + b})
+        assert torch.equal(logprobs[b, :count], alone[1][0])
+
+
+def test_generate_repetition_penalty_over_prompt_and_answer(tiny_decoder):
+    pytest.importorskip("transformers")
+    model = tiny_decoder(eos_ids=())
+    ids, mask = random_ids(2, 6), torch.ones(2, 6, dtype=torch.bool)
+    mask[1, :2] = False
+    result = generate(model, ids, attention_mask=mask, max_new_tokens=20, repetition_penalty=1.7)
+    stock = to_transformers(model)
+    for b in range(2):
+        prompt = ids[b : b + 1, mask[b]]
+        expected = stock.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False,
+            repetition_penalty=1.7, pad_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+        assert torch.equal(result[b, 6:], expected[0, prompt.shape[1] :])
+
+
+def test_generate_text(tiny_decoder, tiny_tokenizer):
+    """A text gives a text, several a list; each what its ids give."""
+    model = tiny_decoder(vocab_size=len(tiny_tokenizer), eos_ids=(0, *range(20, 30)))
+    options = {"max_new_tokens": 12, "temperature": 1.5}
+    prompts = ["the hat", "hi", "12 and 12"]
+    texts = generate(model, prompts, tokenizer=tiny_tokenizer, seed=5, **options)
+    for b, prompt in enumerate(prompts):
+        ids = torch.tensor([tiny_tokenizer.encode(prompt)])
+        new = generate(model, ids, seed=5 + b, **options)[0, ids.shape[1] :].tolist()
+        assert texts[b] == tiny_tokenizer.decode(t for t in new if t not in model.config.eos_ids)
+        alone = generate(model, prompt, tokenizer=tiny_tokenizer, seed=5 + b, **options)
+        assert texts[b] == alone
+        assert "".join(stream(model, prompt, tiny_tokenizer, seed=5 + b, **options)) == alone
+    text, logprobs = generate(
+        model, "hi", tokenizer=tiny_tokenizer, return_logprobs=True, **options
+    )
+    assert isinstance(text, str) and logprobs.shape[0] == 1
+
+
+def test_generate_text_refuses(tiny_decoder, tiny_tokenizer):
+    model = tiny_decoder(vocab_size=len(tiny_tokenizer))
+    with pytest.raises(ValueError, match="prompts as text need a tokenizer"):
+        generate(model, "hi", max_new_tokens=1)
+    with pytest.raises(ValueError, match="prompt 1 is without any token"):
+        generate(model, ["hi", ""], max_new_tokens=1, tokenizer=tiny_tokenizer)
+    with pytest.raises(ValueError, match="attention_mask belongs to ids"):
+        generate(
+            model, ["hi"], max_new_tokens=1, tokenizer=tiny_tokenizer,
+            attention_mask=torch.ones(1, 2),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [1, 6])
+def test_best_of_ranks_what_generate_gives(model, width):
+    ids, mask = random_ids(2, width), torch.ones(2, width, dtype=torch.bool)
+    mask[1, : width - 1] = False  # a prompt of one token beside a longer one
+    options = {"max_new_tokens": 8, "temperature": 1.2, "stop": list(range(30, 60))}
+    found = best_of(model, ids, 3, attention_mask=mask, seed=4, **options)
+    for b, (answers, scores) in enumerate(found):
+        assert scores == sorted(scores, reverse=True) and len(scores) == 3
+        expected = []
+        for i in range(3):
+            result, logprobs = generate(
+                model, ids[b : b + 1, mask[b]], seed=4 + 3 * b + i, return_logprobs=True, **options
+            )
+            new = result[0, -logprobs.shape[1] :].tolist()
+            expected.append((float(logprobs.double().mean()), new, logprobs[0].tolist()))
+        expected.sort(reverse=True)
+        assert scores == pytest.approx([score for score, _, _ in expected])
+        assert [(a.tokens, a.logprobs) for a in answers] == [x[1:] for x in expected]
+    again = best_of(
+        model, ids, 3, attention_mask=mask, seed=4, scorer=lambda a: -len(a.tokens), **options
+    )
+    assert [[-len(a.tokens) for a in x.answers] for x in again] == [x.scores for x in again]
+
+
+def test_best_of_text(tiny_decoder, tiny_tokenizer):
+    model = tiny_decoder(vocab_size=len(tiny_tokenizer), eos_ids=(0,))
+    options = {"tokenizer": tiny_tokenizer, "max_new_tokens": 8, "seed": 1}
+    best = best_of(model, "the", 4, scorer=lambda answer: answer.text.count("a"), **options)
+    assert best.scores == [answer.text.count("a") for answer in best.answers]
+    assert len({answer.text for answer in best.answers}) > 1
+    several = best_of(model, ["the"], 4, scorer=lambda answer: answer.text.count("a"), **options)
+    assert several == [best]
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        best_of(model, "the", 0, **options)

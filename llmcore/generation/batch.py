@@ -1,0 +1,276 @@
+"""The loop of passes: all sequences of a batch, one token further with each pass.
+
+Each pass reads only the newest token of each sequence, and guesses at the next ones where there is
+a draft; what came before is in the cache. A sequence that has reached its end gives its place to
+the next prompt at once, and when there is none, costs nothing more. What a sequence gets depends
+neither on the others nor on who guesses: its bits are those that it has alone.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmcore.generation.prefix import PrefixCache
+from llmcore.generation.reading import Reader
+from llmcore.generation.sampling import Sampler, Sampling
+from llmcore.generation.speculative import Draft
+from llmcore.generation.stopping import Stopping
+from llmcore.models.cache import KVCache
+from llmcore.models.cache_base import Cache
+from llmcore.models.kv_buffers import StoredDtype
+from llmcore.models.paged_cache import PagedKVCache
+from llmcore.models.transformer import Decoder
+
+# Slots reserved beyond the prompt at first: most answers end long before max_new_tokens.
+FIRST_SLOTS = 256
+
+
+class Step(NamedTuple):
+    """One token more of K sequences.
+
+    rows    (K,) int64: which they are, by the number of their prompt
+    tokens  (K,) int64: the next token of each
+    logits  (K, V): what the model said, from which they were chosen
+    ended   (K,) bool: whose last token it is, by `Stopping`
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    logits: Tensor
+    ended: Tensor
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a task is run. No token depends on it, but for rounded keys and values.
+
+    batch_size   sequences at a time; None: all
+    paged        keys and values in pages: memory by the tokens that there are
+    cache_dtype  keys and values rounded: "bf16" or "int8"
+    prefixes     what it has of a prompt is not computed again, and it gets the answers too
+    draft        guesses at the tokens to come
+    """
+
+    batch_size: int | None = None
+    paged: bool = False
+    cache_dtype: StoredDtype | None = None
+    prefixes: PrefixCache | None = None
+    draft: Draft | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size must be None or at least 1, got {self.batch_size}")
+
+    def cache(self, model: Decoder, batch: int, slots: int) -> Cache:
+        if self.paged:
+            return PagedKVCache(model.config, batch, dtype=self.cache_dtype)
+        return KVCache(model.config, batch, slots, dtype=self.cache_dtype)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be generated, checked; the letters of `rows` are places in `prompts`."""
+
+    model: Decoder
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    sampling: Sampling
+    stopping: Stopping
+    samplers: Sequence[Sampler]
+    setup: Setup = Setup()
+
+    def __post_init__(self) -> None:
+        config, prefixes = self.model.config, self.setup.prefixes
+        if self.max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be 0 or more, got {self.max_new_tokens}")
+        for row, prompt in enumerate(self.prompts):
+            if len(prompt) == 0:
+                raise ValueError(f"prompt {row} is without any token")
+            low, high = min(prompt), max(prompt)
+            if low < 0 or high >= config.vocab_size:
+                raise ValueError(
+                    f"ids must be from 0 to {config.vocab_size - 1}, got {low if low < 0 else high}"
+                )
+            if len(prompt) + self.max_new_tokens > config.context_length:
+                raise ValueError(
+                    f"{len(prompt)} tokens and {self.max_new_tokens} new ones exceed the context "
+                    f"length of {config.context_length}"
+                )
+        if prefixes is not None:
+            if prefixes.model is not self.model:
+                raise ValueError("prefix_cache belongs to another model")
+            if prefixes.dtype != self.setup.cache_dtype:
+                raise ValueError(
+                    f"prefix_cache holds {prefixes.dtype}, cache_dtype is {self.setup.cache_dtype}"
+                )
+
+
+def prompts_of(ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+    """The rows of ids (B, T) without their padding, which must be on the left; ValueError else."""
+    if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            "ids must be whole numbers (B, T) with B and T at least 1, "
+            f"got {ids.dtype} {tuple(ids.shape)}"
+        )
+    if attention_mask is None:
+        return ids.tolist()
+    mask = attention_mask.bool()
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of ids {tuple(ids.shape)}, got {tuple(mask.shape)}"
+        )
+    if not bool(mask.any(dim=1).all()):
+        raise ValueError("attention_mask leaves a prompt without any token")
+    if not bool(mask[:, -1].all()):
+        raise ValueError("prompts must be padded on the left: the last column must be tokens")
+    return [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+
+
+def steps(task: Task) -> Iterator[Step]:
+    """Step after step, until every sequence is at its end or has max_new_tokens."""
+    if task.max_new_tokens == 0 or not task.prompts:
+        return
+    run = _Run(task)
+    try:
+        while True:
+            while run.waiting and None in run.places:
+                yield run.begin()
+            if not any(run.places):
+                return
+            yield from run.advance()
+    finally:
+        run.close()
+
+
+class _Sequence:
+    """A prompt and its answer so far; the cache holds all but the newest token."""
+
+    def __init__(self, row: int, prompt: Sequence[int], left: int) -> None:
+        self.row = row
+        self.ids = list(prompt)
+        self.left = left  # tokens that it may still get
+        self.ended = False
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class _Run:
+    """A task on its way: which prompts wait, and which sequence is in which place of the cache."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.draft = task, task.setup.draft
+        self.waiting = deque(range(len(task.prompts)))
+        batch = min(task.setup.batch_size or len(task.prompts), len(task.prompts))
+        self.places: list[_Sequence | None] = [None] * batch
+        slots = max(map(len, task.prompts)) + min(task.max_new_tokens, FIRST_SLOTS)
+        self.cache = task.setup.cache(task.model, batch, slots)
+        # A prompt is read by itself, and then put into its place: there, where it is the only one.
+        own = self.cache if batch == 1 else task.setup.cache(task.model, 1, slots)
+        self.reader = Reader(task.model, own, task.setup.prefixes)
+        self.device = next(task.model.parameters()).device
+
+    def begin(self) -> Step:
+        """Read the next prompt into a free place, and choose its first token."""
+        row = self.waiting.popleft()
+        sequence = _Sequence(row, self.task.prompts[row], self.task.max_new_tokens)
+        logits = self.reader.read(sequence.ids)
+        place = self.places.index(None)
+        if self.reader.cache is not self.cache:
+            self.cache.put(place, self.reader.cache.take(0))
+        self.places[place] = sequence
+        step = self._choose([sequence], logits)
+        self._clear()
+        return step
+
+    def advance(self) -> list[Step]:
+        """One pass, and the token or, by good guesses, the tokens that come of it."""
+        self._close_gaps()
+        sequences = [sequence for sequence in self.places if sequence is not None]
+        guesses = [self._guess(sequence) for sequence in sequences]
+        logits = self._pass(sequences, guesses)
+        found, going, accepted = [], list(range(len(sequences))), 0
+        for t in range(logits.shape[1]):
+            these = logits[:, t] if len(going) == len(sequences) else logits[going, t]
+            found.append(self._choose([sequences[k] for k in going], these))
+            right = [k for k in going if guesses[k][t : t + 1] == sequences[k].ids[-1:]]
+            accepted += len(right)
+            going = [k for k in right if not sequences[k].ended]
+            if not going:
+                break
+        if any(guesses):
+            self.cache.truncate([len(sequence) - 1 for sequence in sequences])
+        if self.draft is not None:
+            self.draft.stats.add(
+                passes=len(sequences),
+                tokens=sum(len(step.rows) for step in found),
+                guessed=sum(map(len, guesses)),
+                accepted=accepted,
+            )
+        self._clear()
+        return found
+
+    def close(self) -> None:
+        """The run is over, also before its end: what the sequences have so far is not lost."""
+        for sequence in self.places:
+            if sequence is not None:
+                sequence.ended = True
+        self._clear()
+
+    def _guess(self, sequence: _Sequence) -> list[int]:
+        if self.draft is None:
+            return []
+        room = self.task.model.config.context_length - len(self.cache) - 1
+        most = min(sequence.left - 1, room)
+        return self.draft.guess(sequence.row, sequence.ids, most) if most > 0 else []
+
+    def _pass(self, sequences: list[_Sequence], guesses: list[list[int]]) -> Tensor:
+        """Logits (K, T, V) of the K newest tokens and the guesses behind them."""
+        counts = [1 + len(guess) for guess in guesses]
+        rows = [
+            [sequence.ids[-1], *guess, *[0] * (max(counts) - count)]
+            for sequence, guess, count in zip(sequences, guesses, counts, strict=True)
+        ]
+        ids, mask = torch.tensor(rows, device=self.device), None
+        if min(counts) < max(counts):
+            steps = torch.arange(max(counts), device=self.device)
+            mask = steps < torch.tensor(counts, device=self.device)[:, None]
+        with torch.no_grad():
+            return self.task.model(ids, self.cache, mask, last_only=max(counts) == 1)
+
+    def _choose(self, sequences: list[_Sequence], logits: Tensor) -> Step:
+        """The next token of each of these, from logits (K, V)."""
+        rows = torch.tensor([sequence.row for sequence in sequences], device=self.device)
+        samplers = [self.task.samplers[sequence.row] for sequence in sequences]
+        tokens = self.task.sampling.choose(logits, samplers)
+        ended = self.task.stopping.ended(rows, tokens)
+        for sequence, token, end in zip(sequences, tokens.tolist(), ended.tolist(), strict=True):
+            sequence.ids.append(token)
+            sequence.left -= 1
+            sequence.ended = end or sequence.left == 0
+        return Step(rows, tokens, logits, ended)
+
+    def _clear(self) -> None:
+        """Sequences at their end leave their places."""
+        for place, sequence in enumerate(self.places):
+            if sequence is None or not sequence.ended:
+                continue
+            held = sequence.ids[: self.cache.counts[place]]
+            if self.reader.cache is self.cache:
+                self.reader.ids = held
+            if self.task.setup.prefixes is not None:
+                self.task.setup.prefixes.add(held, self.cache.take(place))
+            if self.draft is not None:
+                self.draft.forget(sequence.row)
+            self.places[place] = None
+
+    def _close_gaps(self) -> None:
+        """Places that nobody waits for are given up."""
+        taken = [place for place, sequence in enumerate(self.places) if sequence is not None]
+        if len(taken) < len(self.places):
+            self.cache.select(torch.tensor(taken))
+            self.places = [self.places[place] for place in taken]
