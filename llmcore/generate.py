@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from llmcore.generation.stopping import Stopping, read_stop
 from llmcore.models.transformer import Decoder
 from llmcore.text.tokenizer import Tokenizer
 
-Prompts = Tensor | str | Sequence[str]
+Prompts = Tensor | str | Sequence[str] | Sequence[Sequence[int]]
 Stop = int | str | Iterable[int | str] | None
 
 
@@ -42,8 +42,9 @@ def generate(
 ) -> Any:
     """The prompts and what the model says to them: ids (B, T) -> (B, T + n), n <= max_new_tokens.
 
-    ids              (B, T) int64; or a text, or several, for which a tokenizer is needed: then the
-                     result is the text of the answer, or a list of them, without the prompts
+    ids              (B, T) int64; or lists of ids, of any lengths, as the result then is; or a
+                     text, or several, for which a tokenizer is needed: then the result is the text
+                     of the answer, or a list of them, without the prompts
     temperature, top_k, top_p, min_p, repetition_penalty   see Sampling; greedy by default
     num_beams        above 1: beam search, which takes none of these; length_penalty and
                      early_stopping as in BeamSearch
@@ -77,12 +78,17 @@ def generate(
     search = BeamSearch(num_beams, length_penalty, early_stopping)
     wide = num_beams > 1
     found = beam_search(task, search) if wide else answers(task, logprobs=return_logprobs)
-    texts = [answer.text for answer in found]
-    result: Any = texts[0] if isinstance(ids, str) else texts
+    result: Any
     if isinstance(ids, Tensor):
         filler = (*model.config.eos_ids, *task.stopping.ends, 0)[0]
         new = _padded([answer.tokens for answer in found], filler)
         result = torch.cat((ids, new.to(ids)), dim=1)
+    elif _are_texts(ids):
+        texts = [answer.text for answer in found]
+        result = texts[0] if isinstance(ids, str) else texts
+    else:
+        pairs = zip(task.prompts, found, strict=True)
+        result = [[*prompt, *answer.tokens] for prompt, answer in pairs]
     if return_logprobs:
         return result, _padded([answer.logprobs for answer in found], 0.0).float()
     return result
@@ -167,11 +173,18 @@ def _prompts(
 ) -> list[list[int]]:
     if isinstance(ids, Tensor):
         return prompts_of(ids, attention_mask)
+    if attention_mask is not None:
+        raise ValueError("attention_mask belongs to ids (B, T); lists and texts have no padding")
+    if not _are_texts(ids):
+        return [list(map(int, prompt)) for prompt in ids]
     if tokenizer is None:
         raise ValueError("prompts as text need a tokenizer: tokenizer=")
-    if attention_mask is not None:
-        raise ValueError("attention_mask belongs to ids; texts have no padding")
-    return [tokenizer.encode(text) for text in ([ids] if isinstance(ids, str) else ids)]
+    texts = [ids] if isinstance(ids, str) else cast("Sequence[str]", ids)
+    return [tokenizer.encode(text) for text in texts]
+
+
+def _are_texts(prompts: Prompts) -> bool:
+    return isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts)
 
 
 def _task(

@@ -1,5 +1,6 @@
 """What calls hold beyond their results: attention grows with the length and not with its square,
-linear_cross_entropy never holds the logits. The definitions, which do, must be told from them."""
+linear_cross_entropy never holds the logits, generation no more at its end than at its beginning.
+What does hold them, the definitions above all, must be told from it."""
 
 from __future__ import annotations
 
@@ -11,6 +12,10 @@ import torch
 
 from llmcore import dispatch, ops
 from llmcore.benchmarks import contest, memory, timing
+from llmcore.generation.batch import Task, steps
+from llmcore.generation.sampling import Sampling, samplers_of
+from llmcore.generation.stopping import Stopping
+from llmcore.models import Decoder, TransformerConfig
 from llmcore.ops.sample import Draw, Sample
 
 pytestmark = pytest.mark.skipif(
@@ -85,3 +90,42 @@ def test_memory_of_linear_cross_entropy_is_a_twentieth_of_the_logits(make: Make)
 @pytest.mark.parametrize("make", [forward_call, contest.both_call])
 def test_memory_of_whole_logits_is_seen(make: Make) -> None:
     assert extra("reference", ops.linear_cross_entropy, make, loss_sample()) > 0.9 * LOGITS
+
+
+VOCABULARY = 2000
+
+
+def grown_by_generating(tokens: int, keep: Callable[[torch.Tensor], Any]) -> int:
+    """The most bytes that the process holds beyond those at token 200."""
+    config = TransformerConfig(
+        vocab_size=VOCABULARY,
+        width=16,
+        layers=1,
+        heads=1,
+        kv_heads=1,
+        head_width=16,
+        feed_forward=16,
+        context_length=tokens + 1,
+    )
+    model = Decoder(config).eval()
+    task = Task(model, [[1]], tokens, Sampling(1.0), Stopping(()), samplers_of([[1]], 0))
+    kept, before = [], 0
+    for step in steps(task):
+        kept.append(keep(step.logits))
+        if len(kept) == 200:
+            memory.give_back()
+            memory.CLEAR.write_text(memory.FORGET_THE_PEAK)
+            before = memory.status("VmRSS")
+    assert len(kept) == tokens
+    return memory.status("VmHWM") - before
+
+
+def test_memory_of_generation_is_flat() -> None:
+    """The cache has 256 KB at the end; the dispatcher remembers its choice for each length."""
+    torch.set_num_threads(1)
+    assert grown_by_generating(2000, lambda logits: None) <= 4 * NOISE
+
+
+def test_memory_of_logits_that_are_kept_is_seen() -> None:
+    torch.set_num_threads(1)
+    assert grown_by_generating(900, lambda logits: logits) > 4 * NOISE

@@ -13,6 +13,8 @@ from generation_runs import (
     task_of,
 )
 
+from llmcore.generate import generate
+from llmcore.generation import PrefixCache
 from llmcore.generation.batch import steps
 from llmcore.generation.reading import READ_BLOCK, Reader
 from llmcore.models import KVCache, PagedKVCache
@@ -113,3 +115,18 @@ def test_batch_of_nothing(tiny_decoder):
 def test_batch_refuses(tiny_decoder, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         task_of(tiny_decoder(), prompts, **options)
+
+
+def test_generate_takes_lists_of_any_lengths(tiny_decoder):
+    model = tiny_decoder()
+    expected, _ = alone(model, PROMPTS)
+    options = {"max_new_tokens": 12, "temperature": 1.5, "seed": 0, "stop": ()}
+    whole = [prompt + answer for prompt, answer in zip(PROMPTS, expected, strict=True)]
+    prefixes = PrefixCache(model)
+    for setup in ({}, {"batch_size": 3, "draft": "lookup"}, {"prefix_cache": prefixes}):
+        assert generate(model, PROMPTS, **options, **setup) == whole
+    assert len(prefixes) == len(PROMPTS)
+    result, logprobs = generate(model, PROMPTS, return_logprobs=True, **options)
+    assert result == whole and logprobs.shape == (len(PROMPTS), 12)
+    with pytest.raises(ValueError, match="attention_mask belongs to ids"):
+        generate(model, [[3]], attention_mask=torch.ones(1, 1), **options)
