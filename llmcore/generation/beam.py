@@ -16,7 +16,7 @@ from torch import Tensor
 from llmcore.generation.answers import Answer
 from llmcore.generation.batch import FIRST_SLOTS, Task
 from llmcore.generation.reading import Reader, run
-from llmcore.generation.sampling import Sampling, highest
+from llmcore.generation.sampling import Sampling
 from llmcore.generation.stopping import AnswerText
 from llmcore.models.cache_base import Cache
 
@@ -178,7 +178,7 @@ def _extensions(
     """The `count` best of each search, best first; logprobs (searches * live beams, V)."""
     vocab_size = logprobs.shape[-1]
     totals = logprobs.new_tensor([[beam.total] for search in searches for beam in search.live])
-    best, places = highest((logprobs + totals).view(len(searches), -1), count)
+    best, places = (logprobs + totals).view(len(searches), -1).topk(count)
     chances = logprobs.view(len(searches), -1).gather(1, places)
     columns = (places // vocab_size, places % vocab_size, chances, best)
     for row in zip(*(column.tolist() for column in columns), strict=True):
