@@ -144,7 +144,8 @@ class NinjaBuild(build_ext):
 
         csrc = ROOT / "csrc"
         compile_to("levels", csrc / "levels.cpp", [])
-        compile_to("module", csrc / "module.cpp", binding)
+        for name in ("module", "decoder_plan"):
+            compile_to(name, csrc / f"{name}.cpp", binding)
         for source in sorted((csrc / "register").glob("*.cpp")):
             compile_to(f"register_{source.stem}", source, binding)
         for level, flags in LEVELS.items():

@@ -1,4 +1,4 @@
-// What is not a tensor op: the levels of this build and this machine.
+// What is not a tensor op: the levels of this build and this machine, and a decoder's pass.
 #include <pybind11/pybind11.h>
 
 #include <utility>
@@ -6,6 +6,10 @@
 #include "levels.h"
 
 namespace py = pybind11;
+
+namespace llmcore {
+void bind_decoder_plan(py::module_& m);
+}
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "llmcore's native kernels; importing it registers torch.ops.llmcore";
@@ -22,4 +26,5 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "set_cache_bytes", [](int64_t bytes) { return std::exchange(llmcore::runtime.cache_bytes, bytes); },
       "Results from this size on are stored past the caches; returns what it was. For tests.");
+  llmcore::bind_decoder_plan(m);
 }

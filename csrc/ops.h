@@ -318,8 +318,9 @@ struct AttentionForward {
   float* lse;  // (B, H, T), contiguous
 };
 
-// Strides are those of (batch, head, position). dsinks (B, H) is summed over queries only; it may be null, as dlse may
-// be.
+// Strides are those of (batch, head, position). dsinks and dslopes (B, H) are summed over queries only; dmask, zeros
+// before, has the mask's sizes, contiguous but for a stride of 0 along each axis of one element. These may be null, as
+// dlse may be.
 struct AttentionBackward {
   AttentionProblem problem;
   const void* out;    // (B, H, T, Dv)
@@ -330,6 +331,9 @@ struct AttentionBackward {
   void* dk;           // (B, G, S, D)
   void* dv;           // (B, G, S, Dv)
   float* dsinks;
+  float* dslopes;
+  float* dmask;
+  int64_t dmask_strides[4];
   int64_t out_strides[3], dout_strides[3], dq_strides[3], dk_strides[3], dv_strides[3];
 };
 
@@ -406,6 +410,70 @@ struct LinearQuantizedForward {
   QuantizedFormat format;
 };
 
+// The weight (N, K) of a linear layer with its bias (N) or null: plain, as LinearForward has it, or, with a group, as
+// LinearQuantizedForward.
+struct LinearWeight {
+  const void* values;
+  const void* scales;
+  const void* minimums;
+  const void* bias;
+  int64_t N, K, group;
+  Dtype dtype, bias_dtype;
+  QuantizedFormat format;
+};
+
+// Of a layer norm, or without bias of an RMS norm; both in the activations' dtype.
+struct NormWeight {
+  const void* weight;
+  const void* bias;
+};
+
+// llmcore/models/block.py: one layer of a decoder. qkv has the rows of all query, key and value heads; up (F, C), or
+// gate and up (2 F, C) when it is gated.
+struct DecoderLayer {
+  NormWeight attention_norm;
+  LinearWeight qkv, output;
+  NormWeight feed_forward_norm;
+  LinearWeight up, down;
+};
+
+struct DecoderWeights {
+  LinearWeight embedding, head;    // (V, C); the head is the embedding where they are tied
+  const void* position_embedding;  // (context, C) in the activations' dtype, or null: rotary positions
+  const DecoderLayer* layers;
+  NormWeight norm;
+  int64_t layer_count, width, heads, kv_heads, head_width, window;  // window: keys that a query sees; 0: all
+  float eps, scale;                                                 // scale: of the scores
+  bool gated;
+  Dtype dtype;  // of the activations
+};
+
+// What a decoder's layers keep: keys and values (B, G, capacity, D) of each layer by the strides of (batch, head,
+// position), or pages as in AttentionProblem, whose strides are those of (page, head, place).
+struct DecoderCache {
+  void* const* keys;
+  void* const* values;
+  int64_t strides[3];
+  const int64_t* page_table;
+  int64_t page_columns, page_length;
+};
+
+// Logits of the T new tokens of B sequences, whose keys and values go into the cache: token t of sequence b has the
+// position starts[b] + t. logits (B, T, V) or, with `last` (B), those of the tokens last[b] only, (B, V). cos and sin:
+// of every position from 0 on, float32 (positions, D / 2).
+struct DecoderForward {
+  const DecoderWeights* weights;
+  DecoderCache cache;
+  const int64_t* ids;         // (B, T)
+  const int64_t* starts;      // (B) or null: `start`
+  const int64_t* kv_lengths;  // (B), keys with the new ones, or null: `end`
+  const int64_t* last;
+  const float* cos;
+  const float* sin;
+  void* logits;
+  int64_t B, T, start, end;
+};
+
 // The bodies of one level. Each returns false when scratch memory could not be had, true otherwise.
 #define LLMCORE_KERNELS(X)                                     \
   X(rms_norm_forward, RmsNormForward)                          \
@@ -436,6 +504,7 @@ struct LinearQuantizedForward {
   X(linear_cross_entropy_backward, LinearCrossEntropyBackward) \
   X(attention_forward, AttentionForward)                       \
   X(attention_backward, AttentionBackward)                     \
+  X(decoder_forward, DecoderForward)                           \
   X(roofline_fma, RooflineChains)                              \
   X(roofline_bf16_pairs, RooflineChains)                       \
   X(roofline_read, RooflineRead)                               \

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 # name: (module, what it does)
 COMMANDS = {
     "demo": ("llmcore.demo", "ask a small real model, check its logits, measure its speed"),
+    "chat": ("llmcore.chat_command", "talk with a model"),
+    "generate": ("llmcore.generate_command", "answer a file of prompts, resuming where it stopped"),
+    "evaluate": ("llmcore.evaluate_command", "perplexity of text, and what packed weights change"),
     "bench": (
         "llmcore.benchmarks.command",
         "time every op against torch, as a share of this machine's limits",

@@ -194,7 +194,10 @@ class Op:
         # hold tangents.
         if key is None or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
             return self._choose(*args)
-        choice = self.chosen.get((forced, key))
+        try:
+            choice = self.chosen.get((forced, key))
+        except TypeError:  # an argument that cannot be a part of a key: the check names it
+            return self._choose(*args)
         if choice is None:
             if len(self.chosen) >= 4096:
                 self.chosen.clear()

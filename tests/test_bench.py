@@ -6,57 +6,34 @@ No test asserts a time that was measured.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import itertools
-import json
-import math
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bench_cases import (  # noqa: F401  (pytest finds fixtures by name here)
+    OPS,
+    SETTINGS,
+    Contender,
+    Plan,
+    Timing,
+    little_to_collect,
+    needs_native,
+    small,
+    small_case,
+    small_probes,
+)
 
-from llmcore import cli, dispatch, native, verify_command
+from llmcore import dispatch, native
 from llmcore.benchmarks import (
     cases,
-    command,
     contest,
-    machine,
     memory,
-    plot,
     report,
     roofline,
     shapes,
-    table,
 )
 from llmcore.benchmarks import timing as times
-from llmcore.verify import Line, Report
-
-Contender, Plan, Timing = times.Contender, times.Plan, times.Timing
-PLAN = Plan(warm_up=0.0, turn=1e-5, total=0.0, fewest_rounds=2, most_rounds=2)
-SETTINGS = contest.Settings(PLAN, compile=False)
-OPS = sorted(cases.benches())
-
-needs_native = pytest.mark.skipif(native.module is None, reason=native.why_not)
-
-
-@pytest.fixture(autouse=True)
-def little_to_collect() -> Iterator[None]:
-    """A collection before each timing walks over all modules: 0.2 s each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The roofline's probes, with next to nothing to do."""
-    monkeypatch.setattr(roofline, "CHAIN_ROUNDS", 100)
-    monkeypatch.setattr(roofline, "SMALL_BYTES", 1 << 12)
-    monkeypatch.setattr(roofline, "CHOOSING", PLAN)
-    monkeypatch.setattr(roofline, "SIZES", {"L1": 1 << 12})
 
 
 class Clock:
@@ -75,18 +52,6 @@ class Clock:
             self.log.append(name)
 
         return run
-
-
-def small(op: str) -> cases.Bench:
-    """An op's bench with its tiny shape alone."""
-    bench = cases.benches()[op]
-    modes = bench.shapes[0].modes
-    return dataclasses.replace(bench, shapes=(dataclasses.replace(bench.tiny, modes=modes),))
-
-
-def small_case(op: str, mode: str = shapes.FORWARD, dtype: str = "fp32") -> cases.Case:
-    bench = small(op)
-    return cases.Case(bench, bench.shapes[0], dtype, mode)
 
 
 def test_bench_quantiles() -> None:
@@ -289,80 +254,6 @@ def test_bench_ligers_chunks_give_the_loss_and_its_gradients() -> None:
     assert found["F.linear, F.cross_entropy"].timing is not None
 
 
-def entry(side: str, seconds: float, extra: int | None = 0) -> contest.Entry:
-    return contest.Entry(side, side, Timing((seconds,), 1), extra=extra)
-
-
-def measured(row: table.Row, ours: contest.Entry | None, limit: str = "FMA peak") -> table.Line:
-    """A row's line where torch takes 3 ms, and the limit would be 1 ms."""
-    case = row.case(cases.benches())
-    entries = [entry(contest.TORCH, 3e-3)] + ([ours] if ours is not None else [])
-    result = contest.Result(case, 1, limit, case.work.amount / 1e-3, entries)
-    return table.line_of(row, result, [])
-
-
-def test_bench_table_rows_are_cases_of_the_benches() -> None:
-    benches = cases.benches()
-    for row in table.ROWS:
-        assert row.case(benches).label == row.name and str(row.goal), row.name
-    assert len({row.name for row in table.ROWS}) == len(table.ROWS)
-    quick = table.rows_of((), quick=True)
-    assert 20 < len(quick) < len(table.ROWS)
-    assert {row.op for row in table.rows_of(("rope", "linear"), False)} == {"rope", "linear"}
-
-
-def test_bench_table_holds_rows_to_their_figures() -> None:
-    goal = table.Goal(share=0.8, ratio=2.0)
-    row = table.Row("linear", "512x576x3072", "fp32", shapes.FORWARD, goal)
-    assert measured(row, entry(contest.OURS, 1.2e-3)).misses == []
-    assert measured(row, entry(contest.OURS, 1.3e-3)).misses == ["share"]
-    assert measured(row, entry(contest.OURS, 1.6e-3)).misses == ["share", "ratio"]
-    assert measured(row, None).misses is None
-    known = measured(row, entry(contest.OURS, 1e-3)).result
-    assert table.line_of(row, dataclasses.replace(known, rate=None), []).misses is None
-    assert str(goal) == "80 %, 2x"
-
-
-def test_bench_table_holds_bf16_to_fp32s_time_where_there_is_an_instruction() -> None:
-    goals = table.Goal(ratio=2.0), table.Goal(fp32_ratio=3.0)
-    halves, wholes = (
-        table.Row("attention", "1x12x1024x64", dtype, shapes.FORWARD, *goals)
-        for dtype in ("bf16", "fp32")
-    )
-    assert measured(halves, entry(contest.OURS, 1.4e-3)).misses == []
-    alone = measured(halves, entry(contest.OURS, 0.9e-3), roofline.BF16_PEAK)
-    assert alone.goal == goals[1] and alone.misses is None
-    whole = measured(wholes, entry(contest.OURS, 1e-3))
-    assert table.line_of(halves, alone.result, [whole]).misses == []
-    slow = measured(halves, entry(contest.OURS, 1.4e-3), roofline.BF16_PEAK)
-    assert table.line_of(halves, slow.result, [whole]).misses == ["fp32_ratio"]
-
-
-def test_bench_table_tells_eager_from_compiled() -> None:
-    goals = {"ratio": table.Goal(ratio=2.0), "eager_ratio": table.Goal(eager_ratio=2.0)}
-    for name, goal in goals.items():
-        row = table.Row("rms_norm", "4096x768", "fp32", shapes.FORWARD, goal)
-        result = measured(row, entry(contest.OURS, 1e-3)).result
-        compiled = dataclasses.replace(entry(contest.TORCH, 1.5e-3), is_compiled=True)
-        result.entries.append(compiled)
-        missed = table.line_of(row, result, []).misses
-        assert missed == (["ratio"] if name == "ratio" else [])
-        slow = dataclasses.replace(result, entries=[*result.entries, entry(contest.OURS, 1.6e-3)])
-        slow.entries.remove(result.entries[1])
-        assert table.line_of(row, slow, []).misses == [name]
-        assert result.best(contest.TORCH) is compiled
-        assert result.best(contest.TORCH, eager=True) is not compiled
-
-
-def test_bench_table_holds_a_loss_to_its_memory() -> None:
-    goal, label = table.Goal(extra=0.05), "2048x768x50257"
-    row = table.Row("linear_cross_entropy", label, "fp32", shapes.FORWARD, goal)
-    twentieth = 2048 * 50257 * 4 // 20
-    assert measured(row, entry(contest.OURS, 1e-3, twentieth)).misses == []
-    assert measured(row, entry(contest.OURS, 1e-3, twentieth + 1000)).misses == ["extra"]
-    assert measured(row, entry(contest.OURS, 1e-3, None)).misses is None
-
-
 needs_memory = pytest.mark.skipif(
     not memory.can_be_measured(), reason="this system does not tell the memory of a call"
 )
@@ -409,141 +300,3 @@ def test_bench_roofline_probes_do_what_they_say() -> None:
 def test_bench_data_sets_take_turns() -> None:
     calls = roofline.in_turn([lambda: 1, lambda: 2, lambda: 3])
     assert [calls() for _ in range(5)] == [1, 2, 3, 1, 2]
-
-
-@pytest.fixture
-def tiny_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command with tiny shapes and next to no time."""
-    monkeypatch.setattr(command, "benches", lambda: {op: small(op) for op in OPS})
-    monkeypatch.setattr(command, "settings_of", lambda args: SETTINGS)
-    monkeypatch.setattr(command, "case_list", lambda args, chosen: [small_case("softmax")])
-
-
-@pytest.mark.parametrize("has_native", [pytest.param(True, marks=needs_native), False])
-def test_bench_command_writes_json_and_plot(
-    has_native: bool,
-    tiny_run: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    if not has_native:
-        monkeypatch.setattr(native, "module", None)
-        monkeypatch.setattr(native, "why_not", "not built: for this test")
-    path = tmp_path / "new" / "found.json"
-    assert cli.main(["bench", "--threads", "1", "--json", str(path)]) == 0
-    out = capsys.readouterr().out
-    assert "Summary" in out and str(path) in out
-    found = json.loads(path.read_text())
-    assert found["format"] == report.FORMAT
-    assert found["machine"]["versions"]["torch"] == torch.__version__
-    (case,) = found["cases"]
-    assert (case["op"], case["dtype"], case["threads"]) == ("softmax", "fp32", 1)
-    timed = [c for c in case["contenders"] if "seconds" in c]
-    assert {c["side"] for c in timed} >= {"torch", "definition"}
-    assert all(c["seconds"] > 0 and c["quartiles"][0] <= c["quartiles"][1] for c in timed)
-    assert {c["op"] for c in found["overhead"]} == set(OPS)
-    assert bool(found["roofline"]) == has_native
-    assert all(c["share_of_limit"] for c in timed) == has_native
-    if not has_native:
-        assert "cannot be measured: not built" in out and "no plot: no case" in out
-
-
-def test_bench_command_prints_the_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tiny = {op: small(op) for op in OPS}
-    rows = [
-        table.Row(op, bench.tiny.label, "fp32", shapes.FORWARD, table.Goal(ratio=1e9))
-        for op, bench in tiny.items()
-    ]
-    monkeypatch.setattr(command, "benches", lambda: tiny)
-    monkeypatch.setattr(command, "settings_of", lambda args: SETTINGS)
-    monkeypatch.setattr(table, "ROWS", rows)
-    path = tmp_path / "found.json"
-    assert cli.main(["bench", "ops", "softmax", "--threads", "1,2", "--json", str(path)]) == 0
-    out = capsys.readouterr().out
-    assert out.count("\nsoftmax 4x64 fp32 forward") == 2
-    assert "On 1 thread\n" in out and "On 2 threads\n" in out
-    lines = json.loads(path.read_text())["table"]
-    assert [(line["op"], line["threads"]) for line in lines] == [("softmax", 1), ("softmax", 2)]
-    if native.module is not None:
-        assert "0 of 1 rows reach their figures" in out
-        assert all(line["misses"] == ["ratio"] for line in lines)
-
-
-def test_bench_table_survives_an_interrupt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    row = table.Row("softmax", "4x64", "fp32", shapes.FORWARD, table.Goal(ratio=1.0))
-    monkeypatch.setattr(command, "benches", lambda: {"softmax": small("softmax")})
-    monkeypatch.setattr(command, "settings_of", lambda args: SETTINGS)
-    monkeypatch.setattr(table, "ROWS", [row, row])
-    held = iter([contest.hold])
-
-    def hold(*args: Any) -> contest.Result:
-        function = next(held, None)
-        if function is None:
-            raise KeyboardInterrupt
-        return function(*args)
-
-    monkeypatch.setattr(command, "hold", hold)
-    path = tmp_path / "found.json"
-    assert cli.main(["bench", "ops", "--threads", "1", "--json", str(path)]) == 130
-    assert len(json.loads(path.read_text())["table"]) == 1
-    assert "Summary" in capsys.readouterr().out
-
-
-@needs_native
-def test_bench_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = [contest.hold(small_case(op), 1, SETTINGS) for op in OPS]
-    whole = report.Report(machine.describe(), {}, results=results)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert plot.draw(whole, tmp_path / "a.png").startswith("no plot: matplotlib is not installed")
-    monkeypatch.undo()
-    pytest.importorskip("matplotlib")
-    assert plot.draw(whole, tmp_path / "a.png") == f"plot: {tmp_path / 'a.png'}"
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--dtypes", "fp32,fp8"], "got 'fp8', expected one of fp32, bf16, fp16"),
-        (["--threads", "0"], "got 0, expected at least 1"),
-        (["dance"], "ops: got 'dance', expected one of"),
-    ],
-)
-def test_bench_command_refuses(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    try:
-        status = cli.main(["bench", *arguments])
-    except SystemExit as ended:
-        status = int(ended.code or 0)
-    said = capsys.readouterr()
-    assert status == 2 and message in said.out + said.err
-
-
-def test_bench_machine_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: Any) -> None:
-    name = machine.name()
-    assert name == name.lower() and " " not in name and "/" not in name
-    assert machine.results_file().parent.name == name
-    monkeypatch.setattr(machine, "CHECKOUT", tmp_path)
-    assert machine.results_file().parts[0] == "benchmarks-results"
-    assert machine.commit() is None
-    assert math.isfinite(json.loads(json.dumps(machine.describe()))["cores"])
-
-
-def test_verify_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    for failures, status in (((), 0), (("y0: error 1, bound 0",), 1)):
-        lines = [
-            Line("softmax", "cpu", "float32", 3, 0.5, failures),
-            Line("softmax", "cuda", "float32", 0, 0.0, (), "this torch is a CPU build"),
-        ]
-        monkeypatch.setattr(
-            verify_command, "verify", lambda seed, progress, lines=lines: Report(lines)
-        )
-        assert cli.main(["verify", "--seed", "3"]) == status
-        out = capsys.readouterr().out
-        assert "this torch is a CPU build" in out and "1 skipped" in out

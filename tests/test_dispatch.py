@@ -157,6 +157,24 @@ def test_explain_takes_the_public_function_and_its_options() -> None:
     assert by_function.chosen in ("cpu", "reference")
 
 
+@pytest.mark.skipif(native.module is None, reason=native.why_not)
+def test_explain_says_which_gradient_is_the_definitions() -> None:
+    """Of attention's mask and slopes: a sum over keys is native in float32 only."""
+
+    def chosen(dtype: torch.dtype, **options: torch.Tensor) -> str:
+        q = torch.randn(1, 4, 7, 8, dtype=dtype)
+        return llmcore.explain(ops.attention, q, q, q, **options).chosen
+
+    of_keys, one_for_all = (torch.randn(s, requires_grad=True) for s in ((7,), (7, 1)))
+    slopes = torch.rand(4, requires_grad=True)
+    for options in ({"mask": one_for_all}, {"alibi_slopes": slopes}):
+        assert chosen(torch.float32, **options) == "cpu"
+        assert chosen(torch.bfloat16, **options) == "reference"
+        with torch.no_grad():
+            assert chosen(torch.bfloat16, **options) == "cpu"
+    assert chosen(torch.bfloat16, mask=of_keys) == "cpu"
+
+
 def test_explain_raises_what_the_call_raises() -> None:
     with pytest.raises(ValueError, match="weight: got shape"):
         llmcore.explain(ops.rms_norm, torch.randn(3, 4), torch.randn(5))

@@ -33,8 +33,16 @@ LAYERS = (
     ("verify", "text"),
     ("models",),
     ("generation",),
-    ("generate",),
-    ("benchmarks", "demo", "verify_command"),
+    ("generate", "evaluate"),
+    ("model_arguments",),
+    (
+        "benchmarks",
+        "demo",
+        "verify_command",
+        "chat_command",
+        "generate_command",
+        "evaluate_command",
+    ),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -123,7 +131,7 @@ def test_layout_bodies_name_no_instruction_set() -> None:
 
 
 def test_layout_builtins_of_gcc_have_a_twin() -> None:
-    """Clang has no __builtin_shuffle: it stands once, where vec.h asks for the compiler."""
+    """Clang has no __builtin_shuffle: it stands once, where lanes.h asks for the compiler."""
     sources = "".join(path.read_text() for path in sorted((ROOT / "csrc/cpu").iterdir()))
     assert len(re.findall(r"__builtin_shuffle\b", sources)) == 1
     assert re.search(r"#if defined\(__clang__\).*\n.*\n#else\n.*__builtin_shuffle\(", sources)

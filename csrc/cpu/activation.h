@@ -1,6 +1,7 @@
 // What the activations and their gated forms share: each function with its slope, and the loops over rows.
 #pragma once
 
+#include "functions.h"
 #include "parallel.h"
 #include "row.h"
 
@@ -23,11 +24,12 @@ struct Silu {
   }
 };
 
-// x * Phi(x); its slope is Phi(x) + x * exp(-x^2 / 2) / sqrt(2 pi).
+// x * Phi(x), to be rounded to T; its slope is Phi(x) + x * exp(-x^2 / 2) / sqrt(2 pi).
+template <class T>
 struct Gelu {
-  INLINE vec value(vec x) const { return x * normal_of(x).distribution; }
+  INLINE vec value(vec x) const { return x * normal_of<T>(x).distribution; }
   INLINE Activated both(vec x) const {
-    const auto [phi, e] = normal_of(x);
+    const auto [phi, e] = normal_of<T>(x);
     return {x * phi, fma(x, e * 0.398942280f, phi)};
   }
 };
@@ -44,9 +46,9 @@ struct GeluTanh {
 };
 
 // call(activation) with one of the two.
-template <class F>
+template <class T, class F>
 INLINE bool with_gelu(bool tanh, const F& call) {
-  return tanh ? call(GeluTanh{}) : call(Gelu{});
+  return tanh ? call(GeluTanh{}) : call(Gelu<T>{});
 }
 
 // y = activation(gate) * up

@@ -4,7 +4,8 @@
 // Five products of T * S * D multiply-adds a head, against two of the forward pass: bound by multiply-adds. Scores are
 // recomputed from q, k and lse. dk and dv grow in a block's scratch, dq in float32 sums of its head, one for each
 // slot of key blocks, which are added in order: however many threads share a head's slots, every sum has one order and
-// the result is deterministic.
+// the result is deterministic. A mask's gradient is that of the scores it was added to: heads that share it are one
+// task, so that it takes no more memory than the mask.
 #include "attention_dropout.h"
 #include "attention_scores.h"
 #include "parallel.h"
@@ -28,7 +29,15 @@ class Backward {
     }
   }
 
-  bool run() { return p_.B * p_.G >= 2 * runtime.threads() || p_.S <= KEY_BLOCK ? run_heads() : run_slots(); }
+  bool run() {
+    const Scratch slope_sums(a_.dslopes == nullptr ? 0 : 2 * SLOTS * p_.B * p_.H);
+    if (!slope_sums.ok()) return false;
+    slope_sums_ = reinterpret_cast<double*>(slope_sums.data());
+    const bool by_heads = p_.B * p_.G >= 2 * runtime.threads() || p_.S <= KEY_BLOCK;
+    if (!(by_heads && a_.dmask == nullptr ? run_heads() : run_slots())) return false;
+    if (a_.dslopes != nullptr) write_slopes();
+    return true;
+  }
 
  private:
   // What one thread works with: `rows` is every query of a key/value head, head by head.
@@ -69,8 +78,9 @@ class Backward {
     float *keys, *packed_keys, *packed_values, *dkeys, *dvalues;
     // A block's, as words along the rows; and of a tile of rows.
     float *scores, *dscores, *tile_scores, *tile_dscores, *capped;
-    const float* finite_queries;  // query_rows, or queries where those are the same
-    const float* dout_words;      // dout_rows, or douts
+    const float* finite_queries;   // query_rows, or queries where those are the same
+    const float* dout_words;       // dout_rows, or douts
+    double* slope_sums = nullptr;  // of a sequence's heads at one slot
   };
 
   // Many heads: a task is a head.
@@ -92,20 +102,30 @@ class Backward {
     return !no_memory.happened();
   }
 
-  // Few heads: a task is a slot of a head.
+  // Few heads: a task is a slot of a head. Or, with a gradient of the mask, of all heads that add to the same elements
+  // of it, in order; of all slots, too, where an element stands for every key.
   bool run_slots() {
     const int64_t heads = p_.B * p_.G, size = group_ * most_queries_ * wide_;
     const Scratch sums(heads * SLOTS * size);
     if (!sums.ok()) return false;
+    const auto apart = [&](int axis, int64_t all) {
+      return a_.dmask == nullptr || a_.dmask_strides[axis] != 0 ? all : int64_t{1};
+    };
+    const int64_t batches = apart(0, p_.B), groups = apart(1, p_.G), parts = apart(3, SLOTS);
     Failure no_memory;
-    parallel_tasks(heads * SLOTS, [&](const auto& next) {
+    parallel_tasks(batches * groups * parts, [&](const auto& next) {
       Workspace w(*this);
       if (!w.memory.ok()) return no_memory.set();
       for (int64_t i = next(); i >= 0; i = next()) {
-        const int64_t head = i / SLOTS;
-        const Sequence s(p_, head / p_.G);
-        w.dqueries = sums.data() + i * size;
-        if (i % SLOTS < slots(s)) run_slot(s, head, i % SLOTS, w);
+        for (int64_t b = i / parts / groups; b < p_.B; b += batches) {
+          const Sequence s(p_, b);
+          for (int64_t g = i / parts % groups; g < p_.G; g += groups) {
+            for (int64_t slot = i % parts; slot < slots(s); slot += parts) {
+              w.dqueries = sums.data() + ((b * p_.G + g) * SLOTS + slot) * size;
+              run_slot(s, b * p_.G + g, slot, w);
+            }
+          }
+        }
       }
     });
     if (no_memory.happened()) return false;
@@ -148,11 +168,16 @@ class Backward {
     if (w.head != head) load_rows(s, g, w);
     w.head = head;
     if (slot == 0 && a_.dsinks != nullptr) write_sinks(s, g, w);
+    if (a_.dslopes != nullptr) {
+      w.slope_sums = slope_sums_ + (slot * p_.B + s.index) * p_.H;
+      for (int64_t h = g * group_; h < (g + 1) * group_; ++h) w.slope_sums[h] = 0.0;
+    }
     std::memset(w.dqueries, 0, size_t(w.rows * wide_) * sizeof(float));
     for (int64_t first = slot * KEY_BLOCK; first < all_keys(s); first += SLOTS * KEY_BLOCK) {
       const KeyRange block = intersect({first, first + KEY_BLOCK}, {0, all_keys(s)});
-      std::memset(w.dkeys, 0, size_t(KEY_BLOCK * wide_) * sizeof(float));
-      std::memset(w.dvalues, 0, size_t(KEY_BLOCK * wide_v_) * sizeof(float));
+      const int64_t count = block.end - block.begin;
+      std::memset(w.dkeys, 0, size_t(count * wide_) * sizeof(float));
+      std::memset(w.dvalues, 0, size_t(count * wide_v_) * sizeof(float));
       const KeyRange valid = intersect(block, {0, s.keys});
       if (!valid.empty()) run_keys(s, g, valid, w);
       write_keys(s, g, block, w);
@@ -199,6 +224,17 @@ class Backward {
         dsink -= std::exp(double(p_.sinks[h]) - double(a_.lse[s.statistic(h, t)])) * *delta++;
       }
       a_.dsinks[s.batch * p_.H + h] = float(dsink);
+    }
+  }
+
+  void write_slopes() const {
+    for (int64_t b = 0; b < p_.B; ++b) {
+      for (int64_t h = 0; h < p_.H; ++h) {
+        double total = 0.0;
+        for (int64_t slot = 0; slot < slots(Sequence(p_, b)); ++slot)
+          total += slope_sums_[(slot * p_.B + b) * p_.H + h];
+        a_.dslopes[b * p_.H + h] = float(total);
+      }
     }
   }
 
@@ -289,8 +325,7 @@ class Backward {
     for (int64_t i = 0; i < count; ++i) {
       const float lse = a_.lse[s.statistic(rows[i].h, rows[i].t)];
       const int64_t j = i * KEY_BLOCK + begin;
-      score_row(s, rows[i], keys.begin + begin, end - begin, lse, w.deltas[first + i], scores + j, dscores + j,
-                w.capped);
+      score_row(s, rows[i], keys.begin + begin, end - begin, lse, w.deltas[first + i], scores + j, dscores + j, w);
     }
     if constexpr (IN_PAIRS<T>) {
       pair_rows(scores, count, begin, end, block_scores);
@@ -314,7 +349,8 @@ class Backward {
 
   // In: q.k and dout.v of one row. Out: dropped probabilities, and the gradient of q.k * scale.
   void score_row(const Sequence& s, const ScoreRow& row, int64_t first, int64_t count, float lse, float delta,
-                 float* scores, float* dscores, float* capped) {
+                 float* scores, float* dscores, const Workspace& w) {
+    float* capped = w.capped;
     const float unscaled = IN_PAIRS<T> ? query_scale(p_) : 1.0f;
     if (p_.softcap != 0.0f) {
       map_row(capped, count, [=](vec v) { return tanh(v * unscaled); }, scores);
@@ -337,8 +373,33 @@ class Backward {
       map_row(dscores, count, gradient, scores, kept, dscores);
       std::memcpy(scores, kept, size_t(count) * sizeof(float));
     }
+    const KeyRange seen = intersect(row.range, {first, first + count});
+    if (!seen.empty()) {
+      const float* gradient = dscores + (seen.begin - first);
+      if (a_.dslopes != nullptr) w.slope_sums[row.h] += slope_gradient(s, row, seen, gradient);
+      if (a_.dmask != nullptr) add_mask_gradient(s, row, seen, gradient);
+    }
     if (p_.softcap != 0.0f) {
       map_row(dscores, count, [](vec d, vec c) { return d * (1.0f - c * c); }, dscores, capped);
+    }
+  }
+
+  // What scores of `keys`, of the gradient dscores, give to the slope of their head.
+  static float slope_gradient(const Sequence& s, const ScoreRow& row, KeyRange keys, const float* dscores) {
+    float distances[KEY_BLOCK];
+    const int64_t count = keys.end - keys.begin, first = s.offset + row.t - keys.begin;
+    for (int64_t j = 0; j < count; ++j) distances[j] = float(first < j ? j - first : first - j);
+    return -sum_over_row(count, [](vec distance, vec d) { return distance * d; }, distances, dscores);
+  }
+
+  void add_mask_gradient(const Sequence& s, const ScoreRow& row, KeyRange keys, const float* dscores) const {
+    const auto& strides = a_.dmask_strides;
+    const int64_t count = keys.end - keys.begin;
+    float* dmask = a_.dmask + s.batch * strides[0] + row.h * strides[1] + row.t * strides[2] + keys.begin * strides[3];
+    if (strides[3] == 0) {
+      *dmask += sum_over_row(count, [](vec d) { return d; }, dscores);
+    } else {
+      map_row(dmask, count, [](vec a, vec d) { return a + d; }, dmask, dscores);
     }
   }
 
@@ -356,6 +417,7 @@ class Backward {
   const AttentionBackward& a_;
   const AttentionProblem& p_;
   int64_t group_, wide_, wide_v_, most_queries_;
+  double* slope_sums_ = nullptr;  // (SLOTS, B, H)
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_keys.h"
+#include "functions.h"
 
 namespace llmcore::LLMCORE_LEVEL {
 namespace {

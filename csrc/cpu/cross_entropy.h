@@ -2,6 +2,7 @@
 // row from them, its reduction over rows, and each row's share in the gradient of that.
 #pragma once
 
+#include "functions.h"
 #include "row.h"
 
 namespace llmcore::LLMCORE_LEVEL {

@@ -6,12 +6,12 @@ namespace llmcore::LLMCORE_LEVEL {
 // 3 dtypes x 2 approximations = 6 builds of each.
 bool geglu_forward(const GatedForward& a) {
   return with_dtype(a.dtype, [&](auto t) {
-    return with_gelu(a.tanh, [&](auto gelu) { return gated_forward<decltype(t)>(a, gelu); });
+    return with_gelu<decltype(t)>(a.tanh, [&](auto gelu) { return gated_forward<decltype(t)>(a, gelu); });
   });
 }
 bool geglu_backward(const GatedBackward& a) {
   return with_dtype(a.dtype, [&](auto t) {
-    return with_gelu(a.tanh, [&](auto gelu) { return gated_backward<decltype(t)>(a, gelu); });
+    return with_gelu<decltype(t)>(a.tanh, [&](auto gelu) { return gated_backward<decltype(t)>(a, gelu); });
   });
 }
 

@@ -19,7 +19,8 @@ constexpr int64_t DEPTH_BLOCK = 512;  // lanes along the inner axis
 constexpr int64_t ROW_BLOCK = 64 * ROWS;
 constexpr int64_t COLUMN_BLOCK = 512;
 constexpr int64_t FEW_ROWS = 32;
-constexpr int64_t SHORT_DEPTH = 128;                                 // lanes
+constexpr int64_t AHEAD_BYTES = 32768;  // how early memory is asked for what is used where it lies, into L2
+constexpr int64_t SHORT_DEPTH = 128;    // lanes
 constexpr int64_t COLUMN_GROUP = LANES < COLUMNS ? COLUMNS : LANES;  // columns of B copied at once
 static_assert(COLUMN_BLOCK % COLUMN_GROUP == 0 && COLUMN_GROUP % COLUMNS == 0);
 
@@ -82,7 +83,7 @@ template <class T>
 struct TileRows {
   const T* data;
   int64_t row, step;
-  int64_t next = 0;  // how far behind the data that is read next starts
+  const T* ahead = nullptr;  // what is fetched meanwhile, in memory's order, as many bytes as are read
 };
 
 // Copies `rows` rows of `values` values into tiles: vectors of TILE rows side by side, then the next along the inner
@@ -141,6 +142,8 @@ template <class Products, int R, int C, bool B_IN_PLACE, class TB>
   const float* left_at = a.data;
   const TB* right_at = b.data;
   const int64_t a_row = a.row, b_row = b.row;
+  const char* ahead = reinterpret_cast<const char*>(b.ahead);
+  constexpr int64_t FETCHED = C * LANES * Products::VALUES * int64_t(sizeof(TB));  // bytes in each turn
   for (; values >= LANES * Products::VALUES;
        values -= LANES * Products::VALUES, left_at += a.step, right_at += b.step) {
     if constexpr (B_IN_PLACE) {  // each vector of B may take registers to convert, and is used once for all rows
@@ -148,10 +151,11 @@ template <class Products, int R, int C, bool B_IN_PLACE, class TB>
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) left[r] = load_lanes<Products>(left_at + r * a_row);
 #pragma GCC unroll 8
+      for (int line = 0; line < FETCHED; line += CACHE_LINE) __builtin_prefetch(ahead + line, 0, 2);
+      ahead += FETCHED;
+#pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
-        const TB* at = right_at + c * b_row;
-        const vec right = load_lanes<Products>(at);
-        __builtin_prefetch(at + b.next);
+        const vec right = load_lanes<Products>(right_at + c * b_row);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) sum[r * C + c] = Products::add(sum[r * C + c], left[r], right);
       }
@@ -205,11 +209,13 @@ struct GemmWorkspace {
   float *sums, *columns, *rows;
 };
 
-// body(k, values) for each block of the inner axis.
+// body(k, values) for each block of the inner axis: of one length, for while one is read the next is fetched.
 template <class Products, class F>
 INLINE void for_depth_blocks(int64_t depth, const F& body) {
-  constexpr int64_t BLOCK = DEPTH_BLOCK * Products::VALUES;
-  for (int64_t k = 0; k < depth; k += BLOCK) body(k, depth - k < BLOCK ? depth - k : BLOCK);
+  constexpr int64_t VECTOR = LANES * Products::VALUES, LONGEST = DEPTH_BLOCK * Products::VALUES;
+  const int64_t blocks = (depth + LONGEST - 1) / LONGEST, vectors = (depth + VECTOR - 1) / VECTOR;
+  const int64_t length = blocks == 0 ? 0 : (vectors + blocks - 1) / blocks * VECTOR;
+  for (int64_t k = 0; k < depth; k += length) body(k, depth - k < length ? depth - k : length);
 }
 
 // Up to ROWS rows of A, copied, and C columns of B where they lie.
@@ -224,15 +230,25 @@ INLINE void multiply_rows(int64_t rows, const TileRows<float>& left, const TileR
   return multiply_tile<Products, 1, C, true>(left, right, values, sums, COLUMN_BLOCK, onto);
 }
 
-// `a`: the rows of A in tiles, one block of the inner axis behind the other.
+template <class Products, class TA>
+void pack_few(const Matrix<TA>& a, int64_t rows, int64_t depth, float* to) {
+  for_depth_blocks<Products>(depth, [&](int64_t k, int64_t values) {
+    pack_tiles<Products, ROWS>(a.from(0, k), rows, values, to);
+    to += (rows + ROWS - 1) / ROWS * ROWS * padded_lanes<Products>(values);
+  });
+}
+
+// `a`: the rows of A in tiles, one block of the inner axis behind the other. B is read up to `end`.
 template <class Products, class TB>
-void multiply_few(const float* a, const Matrix<TB>& b, int64_t rows, int64_t columns, int64_t depth, float* sums) {
+void multiply_few(const float* a, const Matrix<TB>& b, int64_t rows, int64_t columns, int64_t depth, const TB* end,
+                  float* sums) {
   const auto tiles = [&](int64_t c, auto width) {
     const float* block = a;
     for_depth_blocks<Products>(depth, [&](int64_t k, int64_t values) {
-      const int64_t lanes = padded_lanes<Products>(values), after = k + values;
-      const int64_t next = after < depth ? values : decltype(width)::value * b.row - k;
-      const TileRows<TB> right{b.at(c, k), b.row, LANES * Products::VALUES, next};
+      const int64_t lanes = padded_lanes<Products>(values);
+      const TB* ahead = b.at(c, 0) + decltype(width)::value * k + AHEAD_BYTES / int64_t(sizeof(TB));
+      if (ahead >= end) ahead = b.at(c, k);
+      const TileRows<TB> right{b.at(c, k), b.row, LANES * Products::VALUES, ahead};
       for (int64_t r = 0; r < rows; r += ROWS) {
         multiply_rows<Products, decltype(width)::value>(rows - r, {block + r * lanes, LANES, ROWS * LANES}, right,
                                                         values, sums + r * COLUMN_BLOCK + c, k > 0);
@@ -304,47 +320,56 @@ enum class Cut { as_threads_need, whole_blocks };
 template <class Products, class TA, class TB, class Finish>
 bool gemm(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matrix<TB>& b, const Finish& finish,
           Cut columns_cut = Cut::as_threads_need) {
-  const bool few = M <= FEW_ROWS && b.depth == 1;
+  const bool few = M <= FEW_ROWS && b.depth == 1 && K > 0;
   const bool is_short = a.row == 1 && b.row == 1 && K <= SHORT_DEPTH * Products::VALUES;
   // A second thread pays from about 64k multiply-adds; a few tasks for each even out their lengths.
   const int64_t threads = M * N * K < 65536 ? 1 : runtime.threads();
   const int64_t row_blocks = (M + ROW_BLOCK - 1) / ROW_BLOCK,
                 rows_in_each = row_blocks == 0 ? 0 : (M - 1) / row_blocks + 1;
   const int64_t row_step = (rows_in_each + ROWS - 1) / ROWS * ROWS;
+  // Few rows: a thread reads one stream, whose end is as near to the others' as small blocks allow.
+  const int64_t blocks_wanted = (few ? 32 : 4) * threads;
   int64_t column_step = COLUMN_BLOCK;
   while (columns_cut == Cut::as_threads_need && column_step > COLUMN_GROUP &&
-         row_blocks * ((N + column_step - 1) / column_step) < 4 * threads) {
+         row_blocks * ((N + column_step - 1) / column_step) < blocks_wanted) {
     column_step /= 2;
   }
   const int64_t column_blocks = (N + column_step - 1) / column_step;
   Failure no_memory;
-  const auto work = [&](const auto& next) {
-    const GemmWorkspace w(row_step, few ? padded_lanes<Products>(K) : DEPTH_BLOCK);
-    if (!w.memory.ok()) return no_memory.set();
-    if (few) {
-      float* block = w.rows;
-      for_depth_blocks<Products>(K, [&](int64_t k, int64_t values) {
-        pack_tiles<Products, ROWS>(a.from(0, k), M, values, block);
-        block += (M + ROWS - 1) / ROWS * ROWS * padded_lanes<Products>(values);
-      });
-    }
-    for (int64_t task = next(); task >= 0; task = next()) {
-      const int64_t n = task / row_blocks * column_step, m = task % row_blocks * row_step;
-      const int64_t rows = M - m < row_step ? M - m : row_step;
-      const int64_t columns = N - n < column_step ? N - n : column_step;
-      if (K == 0) {
-        std::memset(w.sums, 0, size_t(rows * COLUMN_BLOCK) * sizeof(float));
-      } else if (few) {
-        multiply_few<Products>(w.rows, b.from(n, 0), rows, columns, K, w.sums);
-      } else if (is_short) {
-        multiply_short<Products>(a.from(m, 0), b.from(n, 0), rows, columns, K, w);
-      } else {
-        multiply_many<Products>(a.from(m, 0), b.from(n, 0), rows, columns, K, w);
+  if (few) {
+    parallel_for(column_blocks, threads == 1 ? column_blocks : 1, [&](int64_t block, int64_t end) {
+      const GemmWorkspace w(M, padded_lanes<Products>(K));
+      if (!w.memory.ok()) return no_memory.set();
+      pack_few<Products>(a, M, K, w.rows);
+      const TB* b_end = b.at(end < column_blocks ? end * column_step : N, 0);
+      for (int64_t n = block * column_step; block < end; ++block, n += column_step) {
+        const int64_t columns = N - n < column_step ? N - n : column_step;
+        multiply_few<Products>(w.rows, b.from(n, 0), M, columns, K, b_end, w.sums);
+        for (int64_t m = 0; m < M; ++m) finish(m, n, columns, w.sums + m * COLUMN_BLOCK);
       }
-      for (int64_t r = 0; r < rows; ++r) finish(m + r, n, columns, w.sums + r * COLUMN_BLOCK);
-    }
-  };
-  parallel_tasks(row_blocks * column_blocks, work, threads == 1);
+    });
+    return !no_memory.happened();
+  }
+  parallel_tasks(
+      row_blocks * column_blocks,
+      [&](const auto& next) {
+        const GemmWorkspace w(row_step, DEPTH_BLOCK);
+        if (!w.memory.ok()) return no_memory.set();
+        for (int64_t task = next(); task >= 0; task = next()) {
+          const int64_t n = task / row_blocks * column_step, m = task % row_blocks * row_step;
+          const int64_t rows = M - m < row_step ? M - m : row_step;
+          const int64_t columns = N - n < column_step ? N - n : column_step;
+          if (K == 0) {
+            std::memset(w.sums, 0, size_t(rows * COLUMN_BLOCK) * sizeof(float));
+          } else if (is_short) {
+            multiply_short<Products>(a.from(m, 0), b.from(n, 0), rows, columns, K, w);
+          } else {
+            multiply_many<Products>(a.from(m, 0), b.from(n, 0), rows, columns, K, w);
+          }
+          for (int64_t r = 0; r < rows; ++r) finish(m + r, n, columns, w.sums + r * COLUMN_BLOCK);
+        }
+      },
+      threads == 1);
   return !no_memory.happened();
 }
 

@@ -6,6 +6,7 @@
 // not depend on the tile it falls into.
 #pragma once
 
+#include "lanes.h"
 #include "products.h"
 
 namespace llmcore::LLMCORE_LEVEL {

@@ -8,9 +8,14 @@ namespace llmcore::LLMCORE_LEVEL {
 namespace {
 
 template <int R, class T>
-INLINE void moments_of(float (&mean)[R], float (&scale)[R], const T* x, int64_t width, float eps) {
+INLINE void means_of(float (&mean)[R], const T* x, int64_t width) {
   sum_over_rows(mean, width, [=](int r, auto at) { return at(x + r * width); });
   for (float& m : mean) m /= float(width);
+}
+
+template <int R, class T>
+INLINE void moments_of(float (&mean)[R], float (&scale)[R], const T* x, int64_t width, float eps) {
+  means_of(mean, x, width);
   sum_over_rows(scale, width, [&](int r, auto at) {
     const vec centred = at(x + r * width) - mean[r];
     return centred * centred;
@@ -50,17 +55,16 @@ void layer_norm_backward_rows(const LayerNormBackwardRows& a, const T* dy, const
   const float* weight = a.weight;
   const float count = float(width);
   float mean[R], scale[R], mean_g[R], mean_gu[R];
-  Both<float> sums[R];
-  sum_over_rows(sums, width,
-                [=](int r, auto at) { return Both<vec>{at(x + r * width), at(dy + r * width) * at(weight)}; });
-  for (int r = 0; r < R; ++r) mean[r] = sums[r].first / count, mean_g[r] = sums[r].second / count;
+  means_of(mean, x, width);
+  Both<float, Both<float>> sums[R];
   sum_over_rows(sums, width, [&](int r, auto at) {
-    const vec centred = at(x + r * width) - mean[r];
-    return Both<vec>{centred * centred, at(dy + r * width) * at(weight) * centred};
+    const vec centred = at(x + r * width) - mean[r], g = at(dy + r * width) * at(weight);
+    return Both<vec, Both<vec>>{centred * centred, {g, g * centred}};
   });
   for (int r = 0; r < R; ++r) {
     scale[r] = 1.0f / std::sqrt(sums[r].first / count + a.eps);
-    mean_gu[r] = sums[r].second * scale[r] / count;
+    mean_g[r] = sums[r].second.first / count;
+    mean_gu[r] = sums[r].second.second * scale[r] / count;
   }
 
   for_vectors(width, [&](auto at) {
@@ -95,7 +99,7 @@ bool layer_norm_backward_over_rows(const LayerNormBackward& a, const T* added_to
   Output<T> dx(a.dx, a.rows * a.width);
   dx.past_caches = dx.rows_past_caches(a.width);
   for_row_blocks(a.rows, [&](int64_t block, int64_t begin, int64_t end) {
-    const LayerNormBackwardRows rows{weight.data(), dweight.partial(block), dbias.partial(block), a.width, a.eps};
+    const LayerNormBackwardRows rows{weight.data(), dweight.zeroed(block), dbias.zeroed(block), a.width, a.eps};
     for_rows<GROUP>(begin, end, [&](int64_t r, auto count) {
       const int64_t at = r * a.width;
       const T* added = added_to_dx == nullptr ? nullptr : added_to_dx + at;

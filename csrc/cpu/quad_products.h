@@ -10,6 +10,7 @@
 // the caller to take off.
 #pragma once
 
+#include "lanes.h"
 #include "vec.h"
 
 namespace llmcore::LLMCORE_LEVEL {

@@ -84,7 +84,7 @@ bool rms_norm_backward_over_rows(const RmsNormBackward& a, const T* added_to_dx)
   Output<T> dx(a.dx, a.rows * a.width);
   dx.past_caches = dx.rows_past_caches(a.width);
   for_row_blocks(a.rows, [&](int64_t block, int64_t begin, int64_t end) {
-    const RmsNormBackwardRows rows{weight.data(), dweight.partial(block), a.width, a.eps};
+    const RmsNormBackwardRows rows{weight.data(), dweight.zeroed(block), a.width, a.eps};
     for_rows<GROUP>(begin, end, [&](int64_t r, auto count) {
       const int64_t at = r * a.width;
       const T* added = added_to_dx == nullptr ? nullptr : added_to_dx + at;

@@ -2,6 +2,7 @@
 //
 // Every thread works on a range of its own, `passes` or `rounds` times without meeting the others. Nothing here is
 // shared with the ops' kernels but the vector type, so that a slow kernel cannot lower its own limit.
+#include "lanes.h"
 #include "parallel.h"
 #include "vec.h"
 

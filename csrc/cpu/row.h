@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "lanes.h"
 #include "parallel.h"
 #include "vec.h"
 
@@ -120,27 +121,34 @@ INLINE void for_vectors(int64_t width, const F& body) {
   if (i < width) body(PartVector{i, width - i});
 }
 
-// Two sums over the same elements.
-template <class T>
+// Two sums over the same elements, each of which may be two again.
+template <class First, class Second = First>
 struct Both {
-  T first, second;
+  First first;
+  Second second;
 };
-INLINE Both<vec>& operator+=(Both<vec>& a, const Both<vec>& b) {
+template <class First, class Second>
+INLINE Both<First, Second>& operator+=(Both<First, Second>& a, const Both<First, Second>& b) {
   a.first += b.first;
   a.second += b.second;
   return a;
 }
-INLINE Both<float> sum_lanes(const Both<vec>& v) { return {sum_lanes(v.first), sum_lanes(v.second)}; }
-INLINE Both<vec> first_lanes(const Both<vec>& v, int64_t n, float fill) {
+template <class First, class Second>
+INLINE auto sum_lanes(const Both<First, Second>& v)
+    -> Both<decltype(sum_lanes(v.first)), decltype(sum_lanes(v.second))> {
+  return {sum_lanes(v.first), sum_lanes(v.second)};
+}
+template <class First, class Second>
+INLINE Both<First, Second> first_lanes(const Both<First, Second>& v, int64_t n, float fill) {
   return {first_lanes(v.first, n, fill), first_lanes(v.second, n, fill)};
 }
 
 // sums[r] = sum of term(r, place) over row r, for R rows at once so that their latencies overlap; the term is a vec, or
-// both of two. Several accumulators hide the latency of the addition. A row's order of additions does not depend on R.
+// several. Several accumulators hide the latency of the addition. A row's order of additions does not depend on R.
 template <int R, class Sum, class Term>
 INLINE void sum_over_rows(Sum (&sums)[R], int64_t width, const Term& term) {
   using Terms = decltype(term(0, WholeVector{0}));
-  constexpr int CHAINS = 4 * sizeof(vec) / sizeof(Terms);
+  constexpr int CHAINS = sizeof(Terms) == sizeof(vec) ? 4 : 2;
   Terms sum[R][CHAINS] = {};
   int64_t i = 0;
   for (; i + CHAINS * LANES <= width; i += CHAINS * LANES) {
@@ -155,9 +163,10 @@ INLINE void sum_over_rows(Sum (&sums)[R], int64_t width, const Term& term) {
     int64_t rest = i;
     for (; rest + LANES <= width; rest += LANES) sum[r][0] += term(r, WholeVector{rest});
     // Behind the end the term is dropped, since a term of zeros need not be zero.
-    if (rest < width) sum[r][1] += first_lanes(term(r, PartVector{rest, width - rest}), width - rest, 0.0f);
+    if (rest < width) sum[r][CHAINS / 2] += first_lanes(term(r, PartVector{rest, width - rest}), width - rest, 0.0f);
 #pragma GCC unroll 2
     for (int half = CHAINS / 2; half >= 1; half /= 2) {
+#pragma GCC unroll 2
       for (int c = 0; c < half; ++c) sum[r][c] += sum[r][c + half];
     }
     sums[r] = sum_lanes(sum[r][0]);
@@ -254,8 +263,12 @@ class Bias {
   bool present_;
 };
 
-// Rows are cut into a number of blocks that depends on nothing but their count.
-INLINE int64_t row_blocks(int64_t rows) { return rows < 64 ? rows : 64; }
+// Rows are cut into a number of blocks that depends on nothing but their count: enough for any number of threads, but
+// none so short that its sums cost as much as its rows.
+INLINE int64_t row_blocks(int64_t rows) {
+  const int64_t blocks = (rows + 7) / 8;
+  return blocks < 64 ? blocks : 64;
+}
 
 // body(block, begin, end) for each block of rows, over threads.
 template <class F>
@@ -271,17 +284,22 @@ void for_row_blocks(int64_t rows, const F& body) {
 class RowPartials {
  public:
   RowPartials(float* total, int64_t rows, int64_t width)
-      : total_(total), width_(width), blocks_(row_blocks(rows)), partials_(total == nullptr ? 0 : blocks_ * width) {
-    if (total != nullptr && ok()) std::memset(partials_.data(), 0, size_t(blocks_ * width) * sizeof(float));
-  }
+      : total_(total), width_(width), blocks_(row_blocks(rows)), partials_(total == nullptr ? 0 : blocks_ * width) {}
   bool ok() const { return partials_.ok(); }
-  float* partial(int64_t block) const { return total_ == nullptr ? nullptr : partials_.data() + block * width_; }
+
+  // What a block adds to: zeros, written by the thread that will.
+  float* zeroed(int64_t block) const {
+    if (total_ == nullptr) return nullptr;
+    float* partial = partials_.data() + block * width_;
+    std::memset(partial, 0, size_t(width_) * sizeof(float));
+    return partial;
+  }
 
   void reduce() const {
     if (total_ == nullptr) return;
     for_vectors(width_, [&](auto at) {
       vec sum = {};
-      for (int64_t b = 0; b < blocks_; ++b) sum += at(partial(b));
+      for (int64_t b = 0; b < blocks_; ++b) sum += at(partials_.data() + b * width_);
       at.put(total_, sum);
     });
   }
@@ -298,7 +316,7 @@ bool sum_rows(const T* rows, int64_t count, int64_t width, float* total) {
   const RowPartials partials(total, count, width);
   if (!partials.ok()) return false;
   for_row_blocks(count, [&](int64_t block, int64_t begin, int64_t end) {
-    float* sum = partials.partial(block);
+    float* sum = partials.zeroed(block);
     for (int64_t r = begin; r < end; ++r) {
       map_row(sum, width, [](vec s, vec v) { return s + v; }, sum, rows + r * width);
     }

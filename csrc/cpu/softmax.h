@@ -1,6 +1,7 @@
 // Steps of softmax over a row, for the op itself and with a mask.
 #pragma once
 
+#include "functions.h"
 #include "parallel.h"
 #include "row.h"
 
@@ -25,25 +26,17 @@ INLINE float dot_of_rows(int64_t width, const T* a, const T* b) {
 // Pairs of bfloat16 are multiplied as they lie in memory, which spares widening them.
 INLINE float dot_of_rows(int64_t width, const bfloat16* a, const bfloat16* b) {
   constexpr int CHAINS = 4, PAIRS = 2 * LANES;
+  const auto pairs = [](const bfloat16* p) { return load(reinterpret_cast<const float*>(p)); };
   vec sum[CHAINS] = {};
   int64_t i = 0;
   for (; i + CHAINS * PAIRS <= width; i += CHAINS * PAIRS) {
 #pragma GCC unroll 4
-    for (int c = 0; c < CHAINS; ++c) {
-      vec v, w;
-      std::memcpy(&v, a + i + c * PAIRS, sizeof v);
-      std::memcpy(&w, b + i + c * PAIRS, sizeof w);
-      sum[c] = add_pair_products(sum[c], v, w);
-    }
+    for (int c = 0; c < CHAINS; ++c)
+      sum[c] = add_pair_products(sum[c], pairs(a + i + c * PAIRS), pairs(b + i + c * PAIRS));
   }
-  for (; i < width; i += PAIRS) {
-    const size_t bytes = size_t(width - i < PAIRS ? width - i : PAIRS) * sizeof(bfloat16);
-    vec v = {}, w = {};
-    std::memcpy(&v, a + i, bytes);
-    std::memcpy(&w, b + i, bytes);
-    sum[0] = add_pair_products(sum[0], v, w);
-  }
-  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (; i + PAIRS <= width; i += PAIRS) sum[0] = add_pair_products(sum[0], pairs(a + i), pairs(b + i));
+  const float total = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  return i == width ? total : total + dot_of_rows<bfloat16>(width - i, a + i, b + i);
 }
 
 // dx = y * (dy - sum(dy * y)) * scale; with `more` the next row of dy is asked for.

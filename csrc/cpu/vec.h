@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <utility>
+#include <type_traits>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -54,12 +54,25 @@ INLINE To bits_of(From from) {
   return __builtin_bit_cast(To, from);
 }
 
+// (The compiler's own way is through memory, whose two stores a load as wide as both cannot be forwarded from.)
 INLINE hpair joined(hvec low, hvec high) {
+#if defined(__AVX512F__)
+  return hpair(_mm512_inserti64x4(_mm512_castsi256_si512(__m256i(low)), __m256i(high), 1));
+#elif defined(__AVX2__)
+  return hpair(_mm256_set_m128i(__m128i(high), __m128i(low)));
+#else
   struct Halves {
     hvec low, high;
   };
   return bits_of<hpair>(Halves{low, high});
+#endif
 }
+
+#if defined(__AVX2__)
+constexpr bool HAS_FMA = true;
+#else
+constexpr bool HAS_FMA = false;  // fma rounds the product, too
+#endif
 
 INLINE vec broadcast(float x) { return x - vec{}; }  // x - 0 is x for -0 too, and is folded away
 // The only place where a product and a sum are rounded once: the build contracts nothing by itself (-ffp-contract=off),
@@ -96,86 +109,11 @@ INLINE vec min(vec a, vec b) {
 
 INLINE vec absolute(vec v) { return bits_of<vec>(bits_of<uvec>(v) & 0x7fffffffu); }
 
-// Lanes are folded in halves, the same order at every call.
-template <int N, class Fold>
-INLINE float fold_lanes(typename vector_of<float, N>::type v, Fold fold) {
-  if constexpr (N == 4) {
-    return fold(fold(v[0], v[2]), fold(v[1], v[3]));
-  } else {
-    struct Halves {
-      typename vector_of<float, N / 2>::type low, high;
-    };
-    const Halves h = bits_of<Halves>(v);
-    return fold_lanes<N / 2>(fold(h.low, h.high), fold);
-  }
-}
-INLINE float sum_lanes(vec v) {
-  return fold_lanes<LANES>(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
-}
-INLINE float max_lanes(vec v) {
-  return fold_lanes<LANES>(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
-}
-
-// Lane i of the result is lane source(i) of the 2 * LANES values of a and b.
-template <int (*source)(int), size_t... I>
-INLINE vec shuffle(vec a, vec b, std::index_sequence<I...>) {
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, source(int(I))...);
-#else
-  return __builtin_shuffle(a, b, ivec{source(int(I))...});
-#endif
-}
-template <int (*source)(int)>
-INLINE vec shuffle(vec a, vec b) {
-  return shuffle<source>(a, b, std::make_index_sequence<LANES>{});
-}
-
-// Of each 2 * HALF lanes of a and b the lower halves side by side, or the upper ones.
-template <int HALF>
-constexpr int lower_halves(int lane) {
-  return lane & HALF ? LANES + lane - HALF : lane;
-}
-template <int HALF>
-constexpr int upper_halves(int lane) {
-  return lower_halves<HALF>(lane) + HALF;
-}
-// Lane i is the sum of rows[i]'s lanes, with the bits of sum_lanes.
-template <int HALF = LANES / 2>
-INLINE vec sum_lanes_of_each(vec (&rows)[LANES]) {
-#pragma GCC unroll 8
-  for (int i = 0; i < HALF; ++i) {
-    const vec a = rows[i], b = rows[i + HALF];
-    rows[i] = shuffle<lower_halves<HALF>>(a, b) + shuffle<upper_halves<HALF>>(a, b);
-  }
-  if constexpr (HALF > 1) return sum_lanes_of_each<HALF / 2>(rows);
-  return rows[0];
-}
-
-// Integers: lanes meet those DISTANCE away, half as far each time, until every lane holds the whole.
-template <int DISTANCE>
-constexpr int lane_away(int lane) {
-  return lane ^ DISTANCE;
-}
-template <int DISTANCE, class Fold>
-INLINE ivec fold_all_lanes(ivec v, Fold fold) {
-  if constexpr (DISTANCE == 0) {
-    return v;
-  } else {
-    const vec lanes = bits_of<vec>(v);
-    const ivec others = bits_of<ivec>(shuffle<lane_away<DISTANCE>>(lanes, lanes));
-    return fold_all_lanes<DISTANCE / 2>(fold(v, others), fold);
-  }
-}
-INLINE int32_t sum_lanes(ivec v) {
-  return fold_all_lanes<LANES / 2>(v, [](ivec a, ivec b) __attribute__((always_inline)) { return a + b; })[0];
-}
-INLINE int32_t max_lanes(ivec v) {
-  return fold_all_lanes<LANES / 2>(v, [](ivec a, ivec b) __attribute__((always_inline)) { return a > b ? a : b; })[0];
-}
-
-// (Of vectors of 256 bits GCC widens each half by itself.)
+// (GCC widens each half of a vector by itself.)
 INLINE uvec widened(hvec h) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  return uvec(_mm512_cvtepu16_epi32(__m256i(h)));
+#elif defined(__AVX2__)
   return uvec(_mm256_cvtepu16_epi32(__m128i(h)));
 #else
   return __builtin_convertvector(h, uvec);
@@ -368,30 +306,83 @@ INLINE vec add_pair_products(vec sum, vec a, vec b) {
 }
 #endif
 
-// The first n < LANES values, zeros behind them; nothing is read or written past p + n.
+// The first n < LANES values, zeros behind them; nothing is read or written past p + n. Pieces are put together in
+// registers: a buffer that is written in pieces and read as a whole has to reach the cache in between.
+#if defined(__AVX512F__)
+INLINE __mmask16 first_of(int64_t n) { return __mmask16((1u << n) - 1u); }
 template <class T>
 INLINE vec load_partial(const T* p, int64_t n) {
-#if defined(__AVX512F__)
-  const __mmask16 mask = __mmask16((1u << n) - 1u);
-  if constexpr (sizeof(T) == 4) return vec(_mm512_maskz_loadu_ps(mask, p));
-#endif
-  T buffer[LANES] = {};
-  std::memcpy(buffer, p, size_t(n) * sizeof(T));
-  return load(buffer);
+  if constexpr (sizeof(T) == 4) {
+    return vec(_mm512_maskz_loadu_ps(first_of(n), p));
+  } else {
+    return from_bits(hvec(_mm256_maskz_loadu_epi16(first_of(n), p)), T{});
+  }
 }
 template <class T>
 INLINE void store_partial(T* p, vec v, int64_t n) {
-#if defined(__AVX512F__)
-  const __mmask16 mask = __mmask16((1u << n) - 1u);
   if constexpr (sizeof(T) == 4) {
-    _mm512_mask_storeu_ps(p, mask, __m512(v));
-    return;
+    _mm512_mask_storeu_ps(p, first_of(n), __m512(v));
+  } else {
+    _mm256_mask_storeu_epi16(p, first_of(n), __m256i(to_bits(v, T{})));
   }
+}
+#else
+// The first `bytes`, an even number, of eight; zeros behind them.
+INLINE uint64_t partial_word(const void* p, int64_t bytes) {
+  const char* from = static_cast<const char*>(p);
+  if (bytes <= 0) return 0;
+  uint64_t word = 0;
+  if (bytes >= 8) {
+    std::memcpy(&word, from, 8);
+    return word;
+  }
+  const int64_t four = bytes & 4;
+  if (four) {
+    uint32_t low;
+    std::memcpy(&low, from, 4);
+    word = low;
+  }
+  if (bytes & 2) {
+    uint16_t last;
+    std::memcpy(&last, from + four, 2);
+    word |= uint64_t(last) << (8 * four);
+  }
+  return word;
+}
+// Eight bytes, or sixteen.
+INLINE uint64_t partial_words(const void* p, int64_t bytes, uint64_t) { return partial_word(p, bytes); }
+using two_words = vector_of<uint64_t, 2>::type;
+INLINE two_words partial_words(const void* p, int64_t bytes, two_words) {
+  return two_words{partial_word(p, bytes), partial_word(static_cast<const char*>(p) + (bytes > 8 ? 8 : 0), bytes - 8)};
+}
+template <class T>
+INLINE vec load_partial(const T* p, int64_t n) {
+  const int64_t bytes = n * int64_t(sizeof(T));
+  if constexpr (sizeof(T) < 4) {
+    using bits = std::conditional_t<sizeof(hvec) == 8, uint64_t, two_words>;
+    return from_bits(bits_of<hvec>(partial_words(p, bytes, bits{})), T{});
+  }
+#if defined(__AVX2__)
+  ivec lane;
+  for (int i = 0; i < LANES; ++i) lane[i] = i;
+  return vec(_mm256_maskload_ps(reinterpret_cast<const float*>(p), __m256i(lane < int32_t(n))));
+#else
+  return bits_of<vec>(partial_words(p, bytes, two_words{}));
 #endif
+}
+template <class T>
+INLINE void store_partial(T* p, vec v, int64_t n) {
   T buffer[LANES];
   store(buffer, v);
-  std::memcpy(p, buffer, size_t(n) * sizeof(T));
+  const T* from = buffer;
+#pragma GCC unroll 4
+  for (int64_t count = LANES / 2; count >= 1; count /= 2) {
+    if (!(n & count)) continue;
+    std::memcpy(p, from, size_t(count) * sizeof(T));
+    p += count, from += count;
+  }
 }
+#endif
 
 // v in the first n lanes, `fill` behind them.
 INLINE vec first_lanes(vec v, int64_t n, float fill) {
@@ -423,157 +414,6 @@ INLINE vec scale_by_power(vec p, vec n, ivec tiny) {
   const vec scaled = bits_of<vec>(bits_of<uvec>(p) + (bits_of<uvec>(exponent) << 23));
   return tiny ? vec{} : scaled;
 #endif
-}
-
-// exp, relative error below 3 ulp on the normal range; exp(-inf) = 0, NaN goes through, results under 2^-126 may be 0,
-// and x above 88.72 counts as 88.72. Range reduction by ln 2 in two parts (Cody and Waite), then a polynomial of degree
-// 5 on [-ln2/2, ln2/2] fitted to the least maximal relative error, 1.05e-7.
-INLINE vec exp(vec x) {
-  const vec clamped = min(broadcast(88.7228394f), max(broadcast(-104.0f), x));  // NaN passes: it is the second operand
-  const vec n = round(clamped * 1.44269504f);
-  vec f = fma(n, broadcast(-0.693359375f), clamped);
-  f = fma(n, broadcast(2.12194440e-4f), f);
-  vec p = broadcast(8.31252016e-3f);
-  p = fma(p, f, broadcast(4.18901568e-2f));
-  p = fma(p, f, broadcast(0.166671146f));
-  p = fma(p, f, broadcast(0.499992315f));
-  p = fma(p, f, broadcast(1.0f));
-  p = fma(p, f, broadcast(1.0f));
-  return scale_by_power(p, n, x < -87.3365447f);
-}
-
-// 2^f for |f| <= 1/2, relative error below 3 ulp.
-INLINE vec exp2_polynomial(vec f) {
-  vec p = broadcast(1.32646999e-3f);
-  p = fma(p, f, broadcast(9.6715339e-3f));
-  p = fma(p, f, broadcast(5.550734e-2f));
-  p = fma(p, f, broadcast(0.240222418f));
-  p = fma(p, f, broadcast(0.693146977f));
-  return fma(p, f, broadcast(1.0f));
-}
-
-// 2^x for x <= 127, relative error below 3 ulp; 2^-inf = 0, NaN goes through, results under 2^-126 may be 0.
-INLINE vec exp2(vec x) {
-  const vec clamped = max(broadcast(-150.0f), x);  // NaN passes: it is the second operand
-  const vec n = round(clamped);
-  return scale_by_power(exp2_polynomial(clamped - n), n, x < -126.0f);
-}
-
-// exp for x <= 0 (a difference to a maximum), cheaper by the care that larger x take: relative error below 3 ulp for
-// x > -8 and growing to 1.4e-6 at -87; exp(-inf) = 0, NaN goes through, results under 2^-126 may be 0.
-INLINE vec exp_not_positive(vec x) {
-#if !defined(__AVX2__)
-  return exp(x);  // a product that is rounded before the difference would lose bits
-#endif
-  const vec clamped = max(broadcast(-104.0f), x);  // NaN passes: it is the second operand
-  const vec n = round(clamped * 1.44269504f);
-  const vec f = fma(clamped, broadcast(1.44269504f), -n);
-  return scale_by_power(exp2_polynomial(f), n, x < -87.3365447f);
-}
-
-constexpr float TANH_SERIES[6] = {-0.333333304f, 0.13333187f,     -0.0539440281f,
-                                  0.0216843579f, -0.00813439293f, 0.0021017326f};
-
-// tanh, relative error below 4 ulp: an odd polynomial near zero, where 1 - 2 / (exp(2x) + 1) cancels.
-INLINE vec tanh(vec x) {
-  const vec size = absolute(x);
-  const vec far = 1.0f - 2.0f / (exp(size * 2.0f) + 1.0f);
-  const vec square = x * x;
-  vec p = broadcast(TANH_SERIES[5]);
-  for (int i = 4; i >= 0; --i) p = fma(p, square, broadcast(TANH_SERIES[i]));
-  const vec near = fma(x * square, p, x);
-  return size < 0.625f ? near : (x < 0.0f ? -far : far);
-}
-
-// exp(-x), inf below -88.72, where exp alone stays finite; NaN goes through.
-INLINE vec exp_minus(vec x) { return x < -88.7228394f ? broadcast(INFINITY) : exp(-x); }
-// What sigmoid divides by.
-INLINE vec one_plus_exp_minus(vec x) { return 1.0f + exp_minus(x); }
-
-struct Sigmoid {
-  vec value, complement;  // sigmoid(x) and 1 - sigmoid(x), neither by a difference that cancels
-};
-INLINE Sigmoid sigmoid_of(vec x) {
-  const vec e = exp_minus(x), value = 1.0f / (1.0f + e);
-  return {value, x > 0.0f ? e * value : 1.0f - value};
-}
-
-// P(s) / Q(s) = exp(s^2 / 2) * Phi(-s) on [0, 14], Phi the normal distribution function.
-constexpr float NORMAL_TAIL_P[5] = {0.5f, 0.437250197f, 0.182461292f, 0.0403723717f, 0.00407758262f};
-constexpr float NORMAL_TAIL_Q[6] = {1.0f, 1.67238533f, 1.19928849f, 0.467427671f, 0.101205342f, 0.0102208555f};
-
-// Phi(x) = (1 + erf(x / sqrt(2))) / 2 and exp(-x^2 / 2), which its slope needs. The tail of Phi is a rational function
-// of degree 4 over 5, fitted to the least maximal relative error, 5.6e-9, so that nothing cancels for negative x
-// either. NaN goes through.
-struct Normal {
-  vec distribution, exp_of_minus_half_square;
-};
-INLINE Normal normal_of(vec x) {
-  const vec size = min(broadcast(14.0f), absolute(x));  // NaN passes: it is the second operand
-  const vec e = exp_not_positive(x * x * -0.5f);
-  vec p = broadcast(NORMAL_TAIL_P[4]), q = broadcast(NORMAL_TAIL_Q[5]);
-  for (int i = 3; i >= 0; --i) p = fma(p, size, broadcast(NORMAL_TAIL_P[i]));
-  for (int i = 4; i >= 0; --i) q = fma(q, size, broadcast(NORMAL_TAIL_Q[i]));
-  const vec tail = e * p / q;
-  return {bits_of<ivec>(x) < 0 ? tail : 1.0f - tail, e};  // by the sign's bit, which needs no comparison
-}
-
-// The even and the odd lanes of the 2 * LANES values of a and b, and back.
-constexpr int even_lanes(int lane) { return 2 * lane; }
-constexpr int odd_lanes(int lane) { return 2 * lane + 1; }
-constexpr int low_pairs(int lane) { return lane / 2 + lane % 2 * LANES; }
-constexpr int high_pairs(int lane) { return low_pairs(lane) + LANES / 2; }
-INLINE void split_pairs(vec a, vec b, vec& even, vec& odd) {
-  even = shuffle<even_lanes>(a, b);
-  odd = shuffle<odd_lanes>(a, b);
-}
-INLINE void join_pairs(vec even, vec odd, vec& a, vec& b) {
-  a = shuffle<low_pairs>(even, odd);
-  b = shuffle<high_pairs>(even, odd);
-}
-
-// Pieces of WIDTH lanes taken from a and b in turn, within each four lanes: the first half of each four, or the second.
-template <int WIDTH, int SECOND>
-constexpr int interleaved(int lane) {
-  return lane / 4 * 4 + SECOND * 2 + lane % 4 / (2 * WIDTH) * WIDTH + lane % WIDTH + lane / WIDTH % 2 * LANES;
-}
-template <int WIDTH, int SECOND>
-INLINE vec interleave(vec a, vec b) {
-  return shuffle<interleaved<WIDTH, SECOND>>(a, b);
-}
-// Every other four lanes, of a and then of b.
-template <int SECOND>
-constexpr int alternate(int lane) {
-  return lane / 4 * 8 + SECOND * 4 + lane % 4;
-}
-template <int SECOND>
-INLINE vec alternate_fours(vec a, vec b) {
-  return shuffle<alternate<SECOND>>(a, b);
-}
-
-// In place: lane j of rows[i] and lane i of rows[j] change places. First squares of four by four, then those: each step
-// is one instruction that needs no table of lanes.
-INLINE void transpose(vec (&rows)[LANES]) {
-#pragma GCC unroll 4
-  for (int i = 0; i < LANES; i += 4) {
-    const vec a = interleave<1, 0>(rows[i], rows[i + 1]), b = interleave<1, 1>(rows[i], rows[i + 1]);
-    const vec c = interleave<1, 0>(rows[i + 2], rows[i + 3]), d = interleave<1, 1>(rows[i + 2], rows[i + 3]);
-    rows[i] = interleave<2, 0>(a, c), rows[i + 1] = interleave<2, 1>(a, c);
-    rows[i + 2] = interleave<2, 0>(b, d), rows[i + 3] = interleave<2, 1>(b, d);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (LANES == 8) {
-      const vec a = rows[i], b = rows[i + 4];
-      rows[i] = alternate_fours<0>(a, b), rows[i + 4] = alternate_fours<1>(a, b);
-    } else if constexpr (LANES == 16) {
-      const vec a = rows[i], b = rows[i + 4], c = rows[i + 8], d = rows[i + 12];
-      const vec even_ab = alternate_fours<0>(a, b), odd_ab = alternate_fours<1>(a, b);
-      const vec even_cd = alternate_fours<0>(c, d), odd_cd = alternate_fours<1>(c, d);
-      rows[i] = alternate_fours<0>(even_ab, even_cd), rows[i + 8] = alternate_fours<1>(even_ab, even_cd);
-      rows[i + 4] = alternate_fours<0>(odd_ab, odd_cd), rows[i + 12] = alternate_fours<1>(odd_ab, odd_cd);
-    }
-  }
 }
 
 }  // namespace

@@ -23,11 +23,12 @@ AttentionProblem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, c
 }
 
 std::tuple<Tensor, Tensor> attention_forward(int64_t level, const Tensor& q, const Tensor& k, const Tensor& v,
+                                             double scale, bool causal, std::optional<int64_t> q_offset,
                                              const OptionalTensor& mask, const OptionalTensor& kv_lengths,
                                              const OptionalTensor& q_offsets, const OptionalTensor& sinks,
                                              const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
-                                             std::optional<int64_t> q_offset, bool causal, int64_t window_left,
-                                             int64_t window_right, double scale, double softcap, double dropout_p) {
+                                             int64_t window_left, int64_t window_right, double softcap,
+                                             double dropout_p) {
   const Tensor queries = with_contiguous_heads(q), keys = with_contiguous_heads(k), values = with_contiguous_heads(v);
   AttentionForward a{};
   a.problem = problem_of(queries, keys, values,
@@ -43,12 +44,22 @@ std::tuple<Tensor, Tensor> attention_forward(int64_t level, const Tensor& q, con
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+// Zeros for the gradient of a mask, in float32 and of its sizes.
+Tensor set_mask_gradient(AttentionBackward& a, const Tensor& mask) {
+  STD_TORCH_CHECK(!a.problem.mask_is_bool, "mask: a bool mask has no gradient");
+  const Tensor dmask = fresh(std::vector<int64_t>(mask.sizes().begin(), mask.sizes().end()), ScalarType::Float);
+  a.dmask = static_cast<float*>(dmask.mutable_data_ptr());
+  std::memset(a.dmask, 0, size_t(dmask.numel()) * sizeof(float));
+  for (int i = 0; i < 4; ++i) a.dmask_strides[i] = mask.size(i) == 1 ? 0 : dmask.stride(i);
+  return dmask;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     int64_t level, const Tensor& dout, const OptionalTensor& dlse, const Tensor& out, const Tensor& lse,
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, const OptionalTensor& kv_lengths,
+    bool need_dmask, bool need_dslopes, const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal,
+    std::optional<int64_t> q_offset, const OptionalTensor& mask, const OptionalTensor& kv_lengths,
     const OptionalTensor& q_offsets, const OptionalTensor& sinks, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& seed, std::optional<int64_t> q_offset, bool causal, int64_t window_left, int64_t window_right,
-    double scale, double softcap, double dropout_p) {
+    const OptionalTensor& seed, int64_t window_left, int64_t window_right, double softcap, double dropout_p) {
   const Tensor queries = with_contiguous_heads(q), keys = with_contiguous_heads(k), values = with_contiguous_heads(v);
   const Tensor gradient = with_contiguous_heads(dout), result = with_contiguous_heads(out);
   AttentionBackward a{};
@@ -76,26 +87,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   a.lse = static_cast<const float*>(lse.const_data_ptr()), a.dlse = floats_at(lse_gradient, "dlse");
   a.dq = dq.mutable_data_ptr(), a.dk = dk.mutable_data_ptr(), a.dv = dv.mutable_data_ptr();
   a.dsinks = floats_of(dsinks, has_sinks);
+  STD_TORCH_CHECK(!need_dslopes || alibi_slopes.has_value(), "alibi_slopes: a gradient of none was asked for");
+  const Tensor dslopes = fresh({need_dslopes ? p.B : 0, p.H}, {p.H, 1}, ScalarType::Float);
+  a.dslopes = floats_of(dslopes, need_dslopes);
+  STD_TORCH_CHECK(!need_dmask || mask.has_value(), "mask: a gradient of none was asked for");
+  const Tensor dmask = need_dmask ? set_mask_gradient(a, *mask) : float_vector(false, 0);
   set_strides(a.out_strides, result);
   set_strides(a.dout_strides, gradient);
   set_strides(a.dq_strides, dq);
   set_strides(a.dk_strides, dk);
   set_strides(a.dv_strides, dv);
   check_scratch(kernels_of(level).attention_backward(a));
-  return {dq, dk, dv, dsinks};
+  return {dq, dk, dv, dsinks, dmask, dslopes};
 }
 
 }  // namespace
 
-#define ATTENTION_OPTIONS                                                                                            \
-  "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? kv_lengths, Tensor? q_offsets, Tensor? sinks,"                \
-  " Tensor? alibi_slopes, Tensor? seed, int? q_offset, bool causal, int window_left, int window_right, float scale," \
-  " float softcap, float dropout_p"
+// What most calls leave at its default stands behind: each argument that is given costs time.
+#define ATTENTION_OPTIONS                                                                                          \
+  "Tensor q, Tensor k, Tensor v, float scale, bool causal, int? q_offset=None, Tensor? mask=None,"                 \
+  " Tensor? kv_lengths=None, Tensor? q_offsets=None, Tensor? sinks=None, Tensor? alibi_slopes=None, Tensor? seed=" \
+  "None, int window_left=-1, int window_right=-1, float softcap=0.0, float dropout_p=0.0"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmcore, m) {
   m.def("attention_forward(int level, " ATTENTION_OPTIONS ") -> (Tensor, Tensor)");
-  m.def("attention_backward(int level, Tensor dout, Tensor? dlse, Tensor out, Tensor lse, " ATTENTION_OPTIONS
-        ") -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_backward(int level, Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool need_dmask,"
+      " bool need_dslopes, " ATTENTION_OPTIONS ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward));

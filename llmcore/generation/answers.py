@@ -27,26 +27,32 @@ class Answer:
 
 def answers(task: Task, *, logprobs: bool = False) -> list[Answer]:
     """The answers to all prompts, in their order."""
-    batch = len(task.prompts)
-    tokens: list[list[int]] = [[] for _ in range(batch)]
-    chances: list[list[float]] = [[] for _ in range(batch)]
-    stopped: set[int] = set()
+    found = dict(finished(task, logprobs=logprobs))
+    return [found[row] for row in range(len(task.prompts))]
+
+
+def finished(task: Task, *, logprobs: bool = False) -> Iterator[tuple[int, Answer]]:
+    """Which prompt, and the answer to it, as soon as that is complete."""
+    texts = task.stopping.texts
+    tokens: dict[int, list[int]] = {row: [] for row in range(len(task.prompts))}
+    chances: dict[int, list[float]] = {row: [] for row in tokens}
+
+    def answer(row: int, finish: Literal["stop", "length"]) -> Answer:
+        text = None if texts is None else texts[row].finish()
+        return Answer(tokens.pop(row), chances.pop(row), finish, text)
+
     for step in steps(task):
         rows = step.rows.tolist()
-        for row, token in zip(rows, step.tokens.tolist(), strict=True):
-            tokens[row].append(token)
         if logprobs:
             found = log_probabilities(step.logits, step.tokens).tolist()
             for row, chance in zip(rows, found, strict=True):
                 chances[row].append(chance)
-        stopped.update(step.rows[step.ended].tolist())
-    texts: list[str | None] = [None] * batch
-    if task.stopping.texts is not None:
-        texts = [text.finish() for text in task.stopping.texts]
-    return [
-        Answer(tokens[b], chances[b], "stop" if b in stopped else "length", texts[b])
-        for b in range(batch)
-    ]
+        for row, token, ended in zip(rows, step.tokens.tolist(), step.ended.tolist(), strict=True):
+            tokens[row].append(token)
+            if ended or len(tokens[row]) == task.max_new_tokens:
+                yield row, answer(row, "stop" if ended else "length")
+    for row in list(tokens):  # without new tokens
+        yield row, answer(row, "length")
 
 
 def pieces(task: Task) -> Iterator[str]:

@@ -182,7 +182,8 @@ class Sampler:
 
     def __init__(self, seed: int, prompt: Sequence[int] = ()) -> None:
         """prompt: the tokens before the first that is chosen."""
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
+        self._generator: torch.Generator | None = None  # kilobytes: made when it is needed
         self._seen = torch.tensor(prompt, dtype=torch.int64)
         self._count = len(prompt)
 
@@ -193,6 +194,8 @@ class Sampler:
 
     def draw(self) -> float:
         """A number in [0, 1)."""
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed(self._seed)
         return float(torch.rand((), generator=self._generator, dtype=torch.float64))
 
     def record(self, token: int) -> None:

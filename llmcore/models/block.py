@@ -16,13 +16,43 @@ from torch import Tensor, nn
 from llmcore import ops
 from llmcore.models.cache_base import Cache, Span
 from llmcore.models.config import TransformerConfig
+from llmcore.ops.packed_weight import PackedWeight
 
 
-class Linear(nn.Linear):
+class Packable(nn.Module):
+    """A module whose weight is a parameter, or a PackedWeight in its place, which is none."""
+
+    weight: nn.Parameter | PackedWeight
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight; ValueError when it is packed."""
+        if isinstance(self.weight, PackedWeight):
+            raise ValueError(
+                "the model's weights are packed, for inference: load it without `weights`"
+            )
+        return self.weight
+
+    def pack(self, weight: PackedWeight) -> None:
+        """Take this weight in the place of the parameter."""
+        del self.weight
+        self.weight = weight
+
+
+class Linear(Packable, nn.Linear):  # type: ignore[misc]
     """y = x Wᵀ + b through `ops.linear`; parameters as in torch: weight (out, in), bias (out,)."""
 
     def forward(self, input: Tensor) -> Tensor:
         return ops.linear(input, self.weight, self.bias)
+
+
+class Embedding(Packable, nn.Embedding):  # type: ignore[misc]
+    """A row of the weight (V, C) for each token."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(self.weight, PackedWeight):
+            return self.weight.rows(input)
+        return super().forward(input)
 
 
 class Norm(nn.Module):
@@ -45,6 +75,15 @@ class Norm(nn.Module):
         if branch is None:
             return ops.layer_norm(stream, self.weight, self.bias, self.eps), stream
         return ops.add_layer_norm(branch, stream, self.weight, self.bias, self.eps)
+
+
+def rotations(config: TransformerConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles at positions (...), float32 (..., D/2) each."""
+    # In float32 whatever the model's dtype: the weights were trained with these very angles.
+    pairs = torch.arange(0, config.head_width, 2, device=positions.device)
+    frequencies = 1.0 / config.rope_theta ** (pairs.float() / config.head_width)
+    angles = positions[..., None].float() * frequencies
+    return angles.cos(), angles.sin()
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ has without forgetting, and gives the same bits.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +81,7 @@ class Cache(ABC):
         self.batch = batch
         self.dtype = dtype
         self.buffers = Buffers()
+        self.plan: Any = None  # of the native pass that fills it: models/plan.py
         self._used = [0] * batch  # slots of each sequence
         self._forgotten = [0] * batch  # tokens of each sequence that have no slot any more
 

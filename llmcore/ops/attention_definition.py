@@ -21,13 +21,13 @@ Result: TypeAlias = Any
 class Extra(NamedTuple):
     """The tensors of a call besides q, k, v; None where there is none.
 
-    q_offset: an int, a tensor, or None, which only comes with kv_lengths and means kv_lengths - T.
+    q_offset: an int, a tensor, or None, which means kv_lengths - T (S - T without kv_lengths).
     seed: int64, no axes, on the CPU; there exactly when options.dropout_p > 0.
     """
 
     mask: torch.Tensor | None = None
     kv_lengths: torch.Tensor | None = None
-    q_offset: torch.Tensor | int | None = 0
+    q_offset: torch.Tensor | int | None = None
     sinks: torch.Tensor | None = None
     alibi_slopes: torch.Tensor | None = None
     seed: torch.Tensor | None = None
@@ -97,8 +97,8 @@ def positions(q: torch.Tensor, k: torch.Tensor, extra: Extra) -> tuple[torch.Ten
     """Absolute positions of the queries, (B or 1, 1, T, 1), and of the keys, (S)."""
     offset = extra.q_offset
     if offset is None:
-        assert extra.kv_lengths is not None
-        offset = extra.kv_lengths.clamp(0, k.shape[2]) - q.shape[2]
+        lengths = extra.kv_lengths
+        offset = (k.shape[2] if lengths is None else lengths.clamp(0, k.shape[2])) - q.shape[2]
     query = torch.arange(q.shape[2], device=q.device)[:, None]
     if isinstance(offset, torch.Tensor):
         offset = offset[:, None, None, None]

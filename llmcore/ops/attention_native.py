@@ -17,34 +17,52 @@ def refuses(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Extra, options: Options
 ) -> list[str]:
     reasons = native.refuses_tensors(q, k, v)
-    for name, tensor in (("mask", extra.mask), ("alibi_slopes", extra.alibi_slopes)):
-        if contract.wants_gradient(tensor):
-            reasons.append(f"{name} requires a gradient: these kernels have none for it")
+    if q.dtype == torch.float32:
+        return reasons
+    # Most cancels in a sum over keys. What is left would be less than what delta, a row's dy . y,
+    # has lost by the rounding of y.
+    for name, tensor, is_summed in (
+        ("mask", extra.mask, is_one_for_all_keys(extra.mask)),
+        ("alibi_slopes", extra.alibi_slopes, True),
+    ):
+        if is_summed and contract.wants_gradient(tensor):
+            reasons.append(
+                f"{name} requires a gradient, a sum over keys: "
+                "these kernels have it in float32 only"
+            )
     return reasons
+
+
+def is_one_for_all_keys(mask: torch.Tensor | None) -> bool:
+    """Whether one element of a mask is added to the scores of all keys."""
+    return mask is not None and (mask.ndim == 0 or mask.shape[-1] == 1)
 
 
 def raw_arguments(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Extra, options: Options
 ) -> tuple[Any, ...]:
-    """A call as the raw ops take it: dtypes as in csrc/ops.h, the mask with all its axes, the
-    lengths, offsets and sinks contiguous."""
+    """A call as the raw ops take it: dtypes as in csrc/ops.h, the mask with four axes, the lengths,
+    offsets and sinks contiguous. Of a call without options only the first arguments."""
     mask, lengths, offset, sinks, slopes, seed = extra
-    if mask is not None:
-        mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    offsets = offset.long().contiguous() if isinstance(offset, torch.Tensor) else None
-    left, right = options.window or (None, None)
+    causal, window, scale, softcap, dropout_p, _ = options
+    offsets = offset if isinstance(offset, torch.Tensor) else None
+    first = (q, k, v, scale, causal, offset if offsets is None else None)
+    if (window is None and softcap is None and mask is None and lengths is None) and (
+        offsets is None and sinks is None and slopes is None and seed is None
+    ):
+        return first
+    left, right = window or (None, None)
     return (
-        *(q, k, v, mask),
+        *first,
+        None if mask is None else mask[(None,) * (4 - mask.ndim)],
         None if lengths is None else lengths.long().contiguous(),
-        offsets,
+        None if offsets is None else offsets.long().contiguous(),
         None if sinks is None else sinks.float().contiguous(),
         None if slopes is None else slopes.float(),
         seed,
-        None if offsets is not None else offset,
-        options.causal,
         -1 if left is None else left,
         -1 if right is None else right,
-        *(options.scale, options.softcap or 0.0, options.dropout_p),
+        *(softcap or 0.0, dropout_p),
     )
 
 
@@ -67,21 +85,30 @@ def _(
     dlse: torch.Tensor | None,
     y: torch.Tensor,
     lse: torch.Tensor,
+    need_dmask: bool,
+    need_dslopes: bool,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    mask: torch.Tensor | None,
-    kv_lengths: torch.Tensor | None,
-    q_offsets: torch.Tensor | None,
-    sinks: torch.Tensor | None,
+    scale: float,
+    causal: bool,
+    q_offset: int | None = None,
+    mask: torch.Tensor | None = None,
+    kv_lengths: torch.Tensor | None = None,
+    q_offsets: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     *rest: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    sink_rows = 0 if sinks is None else q.shape[0]
+) -> tuple[torch.Tensor, ...]:
+    def floats(*shape: Any) -> torch.Tensor:
+        return q.new_empty(shape, dtype=torch.float32)
+
     return (
         heads_like(q, q.shape[1], q.shape[3]),
         heads_like(k, k.shape[1], k.shape[3]),
         heads_like(v, v.shape[1], v.shape[3]),
-        q.new_empty(sink_rows, q.shape[1], dtype=torch.float32),
+        floats(0 if sinks is None else q.shape[0], q.shape[1]),
+        floats(*mask.shape) if need_dmask and mask is not None else floats(0),
+        floats(q.shape[0] if need_dslopes else 0, q.shape[1]),
     )
 
 
@@ -101,10 +128,25 @@ def with_contract_arguments(candidate: Candidate) -> Candidate:
         dlse: torch.Tensor | None,
         y: torch.Tensor,
         lse: torch.Tensor,
-        *call: Any,
-    ) -> tuple[torch.Tensor, ...]:
-        dq, dk, dv, dsinks = raw_backward(dy, dlse, y, lse, *raw_arguments(*call))
-        return dq, dk, dv, dsinks.sum(0)
+        need_dmask: bool,
+        need_dslopes: bool,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        extra: Extra,
+        options: Options,
+    ) -> tuple[torch.Tensor | None, ...]:
+        dq, dk, dv, dsinks, dmask, dslopes = raw_backward(
+            *(dy, dlse, y, lse, need_dmask, need_dslopes),
+            *raw_arguments(q, k, v, extra, options),
+        )
+        mask, sinks, slopes = extra.mask, extra.sinks, extra.alibi_slopes
+        return (
+            *(dq, dk, dv),
+            None if sinks is None else dsinks.sum(0),
+            dmask.reshape(mask.shape) if mask is not None and need_dmask else None,
+            dslopes.sum_to_size(slopes.shape) if slopes is not None and need_dslopes else None,
+        )
 
     return dataclasses.replace(candidate, forward=forward, backward=backward)
 
@@ -151,25 +193,31 @@ class Attention(contract.KernelFunction):
     def backward(ctx: Any, dy: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
         q, k, v, sinks, mask, kv_lengths, offset, slopes, seed, y, lse = ctx.saved_tensors
         dy = torch.zeros_like(y) if dy is None else dy
-        extra = Extra(
-            mask, kv_lengths, ctx.offset if offset is None else offset, None, slopes, seed
-        )
+        offset = ctx.offset if offset is None else offset
+        needs = ctx.needs_input_grad
         if contract.differentiated_again():
 
-            def define(q: Any, k: Any, v: Any, sinks: Any) -> Result:
-                return reference(q, k, v, extra._replace(sinks=sinks), ctx.options)
+            def define(q: Any, k: Any, v: Any, sinks: Any, mask: Any, slopes: Any) -> Result:
+                extra = Extra(mask, kv_lengths, offset, sinks, slopes, seed)
+                return reference(q, k, v, extra, ctx.options)
 
             cotangents = (dy, torch.zeros_like(lse) if dlse is None else dlse)
-            return *contract.gradients(define, (q, k, v, sinks), cotangents), *[None] * 7
-        call = (q, k, v, extra._replace(sinks=sinks), ctx.options)
-        dq, dk, dv, dsinks = ctx.kernel.backward(dy, dlse, y, lse, *call)
-        needs = ctx.needs_input_grad
+            inputs = (q, k, v, sinks, mask, slopes)
+            grads: Any = contract.gradients(define, inputs, cotangents)
+        else:
+            extra = Extra(mask, kv_lengths, offset, sinks, slopes, seed)
+            call = (q, k, v, extra, ctx.options)
+            grads = ctx.kernel.backward(dy, dlse, y, lse, needs[4], needs[7], *call)
+        dq, dk, dv, dsinks, dmask, dslopes = grads
         return (
             dq if needs[0] else None,
             dk if needs[1] else None,
             dv if needs[2] else None,
             dsinks.to(sinks.dtype) if needs[3] else None,
-            *[None] * 7,
+            dmask.to(mask.dtype) if needs[4] else None,
+            *(None, None),
+            dslopes.to(slopes.dtype) if needs[7] else None,
+            *(None, None, None),
         )
 
 

@@ -241,7 +241,11 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd must record this call."""
-    return torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # a loop, not any(): a generator costs more than all the rest
+            if getattr(tensor, "requires_grad", False):
+                return True
+    return False
 
 
 def differentiated_again() -> bool:
@@ -375,25 +379,23 @@ def types_key(values: tuple[Any, ...]) -> tuple[Any, ...]:
 def call_key(tensors: Sequence[Any], *rest: Any) -> Any:
     """The key of a call: its tensors' shapes, dtypes, devices, and `rest` with its types.
 
-    None when that fails.
+    None when one of them is no tensor.
     """
+    key: list[Any] = [*rest, *types_key(rest)] if rest else []
     try:
-        key = (*map(tensor_key, tensors), *rest, types_key(rest))
-        hash(key)
-    except (AttributeError, TypeError):
+        for t in tensors:
+            key += (None,) if t is None else (t.shape, t.dtype, t.device, t.layout)
+    except AttributeError:
         return None
-    return key
+    return tuple(key)
 
 
 def row_key(x: torch.Tensor, *parameters: torch.Tensor | None, eps: Any = 0.0) -> Any:
     """What checks and choices of a row-wise op depend on; None where there is no tensor or axis."""
-    kind = type(eps)
-    if kind is not float and kind is not int:
-        return None
     try:
         return (
             eps,
-            kind,
+            type(eps),
             x.dtype,
             x.device,
             x.layout,

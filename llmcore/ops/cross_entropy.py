@@ -18,8 +18,8 @@ Source: Szegedy et al., Rethinking the Inception Architecture, 2015, section 7 (
 
 Kernels: forward(logits, target, options: LossOptions) -> loss; with keep=True behind, loss and
 statistics (N, 2; float32: each row's maximum and the log of its sum relative to it);
-backward(dloss, logits, target, statistics, options) -> dlogits. They check the targets themselves,
-where check_classes cannot, and raise RuntimeError then.
+backward(dloss, logits, target, statistics, options) -> dlogits. Both raise RuntimeError for a
+target that is no class; check_classes then says it better.
 """
 
 from __future__ import annotations
@@ -275,8 +275,11 @@ def cross_entropy(
         reduction=reduction,
     )
     kernel = OP.kernel(contract.call_key(args[:2], args[2]), *args)
-    check_classes(target, logits.shape[-1], ignore_index)
-    if kernel.backward is not None and contract.wants_gradient(logits):
-        loss, _ = CrossEntropy.record(*args, kernel)
-        return loss
-    return kernel.forward(*args)
+    try:
+        if kernel.backward is not None and contract.wants_gradient(logits):
+            loss, _ = CrossEntropy.record(*args, kernel)
+            return loss
+        return kernel.forward(*args)
+    except RuntimeError:
+        check_classes(target, logits.shape[-1], ignore_index)
+        raise

@@ -262,8 +262,11 @@ def linear_cross_entropy(
         reduction=reduction,
     )
     kernel = OP.kernel(contract.call_key(args[:4], args[4]), *args)
-    check_classes(target, weight.shape[0], ignore_index)
-    if kernel.backward is not None and contract.wants_gradient(x, weight, bias):
-        loss, _ = LinearCrossEntropy.record(*args, kernel)
-        return loss
-    return kernel.forward(*args)
+    try:
+        if kernel.backward is not None and contract.wants_gradient(x, weight, bias):
+            loss, _ = LinearCrossEntropy.record(*args, kernel)
+            return loss
+        return kernel.forward(*args)
+    except RuntimeError:
+        check_classes(target, weight.shape[0], ignore_index)
+        raise

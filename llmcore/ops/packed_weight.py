@@ -22,7 +22,7 @@ Source: Frantar et al., GPTQ, 2022, section 3 (groups); llama.cpp's Q8_0, Q4_0 a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -83,6 +83,25 @@ class PackedWeight:
         if self.minimums is not None:
             weight = weight + _of_outputs(self.minimums).to(dtype)
         return weight.flatten(1)[:rows]
+
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """Some rows of it, indices (...) of integers -> (..., K) float32, exact as dequantize's."""
+        if self.scales is None:
+            return self.values[indices].float()
+        panels, lanes = indices // PANEL, indices % PANEL
+
+        def of_rows(panelled: torch.Tensor) -> torch.Tensor:
+            return panelled[panels, :, lanes]
+
+        quads = of_rows(self.values).to(torch.int32)
+        if self.format == "int4":
+            quads = torch.stack((quads & 15, quads >> 4), -2)
+        offset = 0 if self.minimums is not None else ZERO[self.format]
+        groups = (quads.flatten(indices.ndim) - offset).float().unflatten(-1, (-1, self.group))
+        weight = groups * of_rows(self.scales).float()[..., None]
+        if self.minimums is not None:
+            weight = weight + of_rows(self.minimums).float()[..., None]
+        return weight.flatten(-2)
 
     def to(self, device: torch.device | str, dtype: object = None) -> PackedWeight:
         """The same weight on another device; a dtype is passed over, the format says it."""
@@ -190,6 +209,15 @@ def _error(packed: torch.Tensor, weight: torch.Tensor) -> float:
     return loss and loss / torch.linalg.vector_norm(weight, dtype=torch.float64).item()
 
 
+class Integers(NamedTuple):
+    """A quantised matrix, the arguments of `from_integers`; rows stand for outputs in all three."""
+
+    format: str
+    q: torch.Tensor
+    scales: torch.Tensor
+    minimums: torch.Tensor | None = None
+
+
 def from_integers(
     format: str,
     q: torch.Tensor,
@@ -200,9 +228,13 @@ def from_integers(
 
     q (N, K), whole, within -128..127 for "int8", -8..7 for "int4" and 0..15 with minimums; scales
     and minimums (N, K / group) float16.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit, q is out of its range, or a scale or minimum
+            is NaN or inf; the message names it.
     """
+    group = _check_integers(format, q, scales, minimums)
     rows, width = q.shape
-    group = width // scales.shape[1] if width else GROUPS[0]
     unsigned = q if minimums is not None else q + ZERO[format]
     padded = _in_panels(unsigned.to(torch.uint8))
     blocks = padded.unflatten(1, (width // 4, 4)).transpose(2, 3)
@@ -216,6 +248,42 @@ def from_integers(
         None if minimums is None else _in_panels(minimums),
         group,
     )
+
+
+def _check_integers(
+    format: str, q: torch.Tensor, scales: torch.Tensor, minimums: torch.Tensor | None
+) -> int:
+    """The group of from_integers' arguments; TypeError or ValueError where they don't fit."""
+    contract.check_choice("format", format, tuple(ZERO))
+    if minimums is not None and format != "int4":
+        raise ValueError(f"minimums: got them with {format}, expected them with int4 only")
+    if q.is_floating_point() or q.is_complex() or q.dtype == torch.bool:
+        raise TypeError(f"q: got {q.dtype}, expected an integer dtype")
+    if q.ndim != 2:
+        raise ValueError(f"q: got shape {tuple(q.shape)}, expected (N, K)")
+    rows, width = q.shape
+    groups = scales.shape[1] if scales.ndim == 2 else 0
+    group = width // groups if groups else GROUPS[0]
+    if group not in GROUPS or scales.shape != (rows, groups) or group * groups != width:
+        raise ValueError(
+            f"scales: got shape {tuple(scales.shape)}, expected ({rows}, {width} / group) "
+            f"with a group of {GROUPS}"
+        )
+    for name, tensor in (("scales", scales), ("minimums", minimums)):
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.float16:
+            raise TypeError(f"{name}: got {tensor.dtype}, expected torch.float16")
+        if tensor.shape != scales.shape:
+            raise ValueError(
+                f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(scales.shape)}"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name}: holds NaN or inf")
+    low, high = {"int8": (-128, 127), "int4": (-8, 7)}[format] if minimums is None else (0, 15)
+    if q.numel() and (q.amin() < low or q.amax() > high):
+        raise ValueError(f"q: got values from {q.amin()} to {q.amax()}, expected {low} to {high}")
+    return group
 
 
 def _in_panels(columns: torch.Tensor) -> torch.Tensor:

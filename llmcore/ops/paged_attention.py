@@ -185,12 +185,12 @@ def with_contract_arguments(candidate: Candidate) -> Candidate:
         pages: Pages,
         options: Options,
     ) -> Result:
-        # Without a mask: it stands behind q, k and v. The seed stands before the int offset.
-        _, _, _, _, *extra, _, offset, causal, left, right, scale, softcap, _ = raw_arguments(
+        # Without the mask and the seed.
+        _, _, _, scale, causal, offset, _, *tensors, _, left, right, softcap, _ = raw_arguments(
             q, k_pages, v_pages, pages.extra, options
         )
         table = pages.table.long().contiguous()
-        rest = (table, *extra, offset, causal, left, right, scale, softcap)
+        rest = (table, *tensors, offset, causal, left, right, scale, softcap)
         try:
             y, lse = raw_forward(q, k_pages, v_pages, *rest)
         except RuntimeError as error:
@@ -240,6 +240,7 @@ def paged_attention(
     q (B, H, T, D); k_pages (P, G, L, D) and v_pages (P, G, L, Dv), pages of L places; page_table
     (B, M) int32 or int64, the pages of each sequence in order (what lies past its length is never
     looked at); kv_lengths (B). Returns (B, H, T, Dv) in q's dtype, or that and the lse.
+    For inference: where a gradient is wanted, the definition runs.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.

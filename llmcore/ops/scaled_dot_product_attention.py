@@ -79,18 +79,20 @@ def scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     )
     y: torch.Tensor = attention(*qkv, **options)
-    return y.reshape(*shape, *y.shape[-2:])
+    return y if len(shape) == 2 else y.reshape(*shape, *y.shape[-2:])
 
 
 def leading(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool
 ) -> torch.Size:
     """The leading axes of the result; with enable_gqa its heads are query's alone."""
-    inputs = {"query": query, "key": key, "value": value}
     cut = 3 if enable_gqa else 2
+    inputs = {"query": query, "key": key, "value": value}
     for name, tensor in inputs.items():
         if tensor.ndim < cut:
             raise ValueError(f"{name}: got {tensor.ndim} axes, expected heads with enable_gqa")
+    if query.shape[:-cut] == key.shape[:-cut] == value.shape[:-cut]:
+        return query.shape[:-2]  # broadcast_shapes takes longer than a small call of attention
     try:
         shape = torch.broadcast_shapes(*(t.shape[:-cut] for t in inputs.values()))
     except RuntimeError as error:
@@ -104,6 +106,8 @@ def as_four_axes(tensor: torch.Tensor, shape: torch.Size, own_heads: bool = Fals
     """(..., length, D) as (B, H, length, D), its leading axes expanded to `shape`."""
     if own_heads:
         shape = torch.Size((*shape[:-1], tensor.shape[-3]))
+    if len(shape) == 2 and tensor.shape[:-2] == shape:
+        return tensor
     if len(shape) == 0:
         return tensor[None, None]
     tensor = tensor.expand(*shape, *tensor.shape[-2:])

@@ -1,6 +1,6 @@
 """Text to token ids and back, and conversations to token ids."""
 
-from llmcore.text.chat import RoleChat, TemplateChat
+from llmcore.text.chat import RoleChat, TemplateChat, chat_of
 from llmcore.text.tokenizer import TextStream, Tokenizer
 
-__all__ = ["RoleChat", "TemplateChat", "TextStream", "Tokenizer"]
+__all__ = ["RoleChat", "TemplateChat", "TextStream", "Tokenizer", "chat_of"]

@@ -132,6 +132,14 @@ class TemplateChat:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
 
+def chat_of(tokenizer: Tokenizer) -> TemplateChat | RoleChat:
+    """The way to talk to a tokenizer's model: its own template, else by role markers.
+
+    ValueError when it has neither.
+    """
+    return RoleChat(tokenizer) if tokenizer.chat_template is None else TemplateChat(tokenizer)
+
+
 def _check(messages: Sequence[Message]) -> None:
     if isinstance(messages, (str, bytes, Mapping)) or not messages:
         raise ValueError('a conversation is a list of {"role": ..., "content": ...}, not empty')

@@ -33,3 +33,11 @@ def test_packed_weight_of_gguf_loses_nothing(kind: str) -> None:
 def test_packed_weight_of_another_gguf_kind() -> None:
     with pytest.raises(ValueError, match="kind: got Q6_K, expected one of Q8_0"):
         gguf_file.packed_weight(np.zeros((1, 210), np.uint8), gguf.GGMLQuantizationType.Q6_K)
+
+
+def test_packed_weight_of_gguf_errors() -> None:
+    kind = gguf.GGMLQuantizationType.Q8_0
+    with pytest.raises(ValueError, match=r"data: got shape \(1, 35\), expected \(N, a multiple"):
+        gguf_file.packed_weight(np.zeros((1, 35), np.uint8), kind)
+    with pytest.raises(ValueError, match="scales: holds NaN or inf"):
+        gguf_file.packed_weight(np.full((1, 34), 255, np.uint8), kind)

@@ -267,6 +267,7 @@ void exercise_attention(const Kernels& kernels, const Shape& s, Dtype dtype, boo
   const Buffer dq(q_count, dtype), dk(k_count, dtype), dv(v_count, dtype);
   const Buffer lse(rows, Dtype::float32), dlse(rows, Dtype::float32), sinks(s.H, Dtype::float32);
   const Buffer slopes(s.H, Dtype::float32), dsinks(s.B * s.H, Dtype::float32), mask(s.T * s.S, dtype);
+  const Buffer dslopes(s.B * s.H, Dtype::float32), dmask(s.T * s.S, Dtype::float32);
   std::vector<int64_t> lengths(size_t(s.B), s.S), offsets(size_t(s.B), s.S - s.T);
   if (s.B > 0) lengths[0] = s.S / 2;
 
@@ -301,6 +302,9 @@ void exercise_attention(const Kernels& kernels, const Shape& s, Dtype dtype, boo
   backward.out = out, backward.dout = dout, backward.lse = lse.floats();
   backward.dlse = options ? dlse.floats() : nullptr;
   backward.dsinks = options ? dsinks.floats() : nullptr;
+  backward.dslopes = options ? dslopes.floats() : nullptr;
+  backward.dmask = options ? dmask.floats() : nullptr;
+  backward.dmask_strides[2] = s.S, backward.dmask_strides[3] = 1;
   backward.dq = dq, backward.dk = dk, backward.dv = dv;
   set_contiguous(backward.out_strides, s.H, s.T, s.Dv);
   set_contiguous(backward.dout_strides, s.H, s.T, s.Dv);

@@ -287,6 +287,38 @@ def test_pack_errors() -> None:
     assert llmcore.pack(weight, "bf16").dequantize()[3, 3] == math.inf
 
 
+def test_from_integers_errors() -> None:
+    q, scales = torch.zeros(3, 64, dtype=torch.int16), torch.ones(3, 2).half()
+    from_integers("int8", q, scales)
+    with pytest.raises(ValueError, match="format: got 'bf16'"):
+        from_integers("bf16", q, scales)
+    with pytest.raises(TypeError, match=r"q: got torch.float32, expected an integer dtype"):
+        from_integers("int8", q.float(), scales)
+    with pytest.raises(ValueError, match=r"q: got shape \(64,\)"):
+        from_integers("int8", q[0], scales)
+    for width in (2, 3, 5):  # groups of 24, 16 that are not whole, and of 9.6
+        with pytest.raises(ValueError, match=r"scales: got shape .*expected \(3, 48 / group\)"):
+            from_integers("int8", q[:, :48], torch.ones(3 if width != 3 else 4, width).half())
+    with pytest.raises(TypeError, match=r"scales: got torch.float32"):
+        from_integers("int8", q, scales.float())
+    with pytest.raises(ValueError, match="minimums: got them with int8"):
+        from_integers("int8", q, scales, scales)
+    with pytest.raises(ValueError, match=r"minimums: got shape \(3, 1\)"):
+        from_integers("int4", q, scales, scales[:, :1])
+    with pytest.raises(ValueError, match="scales: holds NaN or inf"):
+        from_integers("int4", q, scales * math.inf)
+    with pytest.raises(ValueError, match="minimums: holds NaN or inf"):
+        from_integers("int4", q, scales, scales * math.nan)
+    for format, minimums, low, high in (
+        ("int8", None, -128, 127),
+        ("int4", None, -8, 7),
+        ("int4", scales, 0, 15),
+    ):
+        for value in (low - 1, high + 1):
+            with pytest.raises(ValueError, match=f"q: got values .*expected {low} to {high}"):
+                from_integers(format, q.index_fill(1, torch.tensor(5), value), scales, minimums)
+
+
 def test_linear_errors() -> None:
     x, weight = torch.randn(3, 4), torch.randn(7, 4)
     with pytest.raises(ValueError, match=r"weight: got shape \(7, 4\), expected \(N, 5\)"):

@@ -1,0 +1,289 @@
+// A decoder's forward pass as one call: the kernels of this level, one after the other, as models/block.py calls them,
+// and so with the same bits. It saves what a call from Python costs, some ten of them in each layer, and the work that
+// nobody asks for: behind the last layer's keys and values only the tokens go on whose logits are wanted.
+//
+// One new token is bound by reading the weights, hundreds by the products.
+#include "row.h"
+
+namespace llmcore::LLMCORE_LEVEL {
+
+#define LLMCORE_KERNEL_DECLARATION(name, arguments) bool name(const arguments&);
+LLMCORE_KERNELS(LLMCORE_KERNEL_DECLARATION)
+#undef LLMCORE_KERNEL_DECLARATION
+
+namespace {
+
+// Row n of a quantized weight in float32; LinearQuantizedForward says how it lies.
+void dequantize_row(const LinearWeight& w, int64_t n, float* row) {
+  constexpr int64_t PANEL = 16, QUAD = 4;
+  const int64_t panel = n / PANEL, lane = n % PANEL, groups = w.K / w.group;
+  const bool in_halves = w.format == QuantizedFormat::int4;
+  const int64_t block_values = in_halves ? 2 * QUAD : QUAD;
+  const uint8_t* values = static_cast<const uint8_t*>(w.values) + (panel * (w.K / block_values) * PANEL + lane) * QUAD;
+  const auto at = [&](const void* of_groups, int64_t k) {
+    return load_partial(static_cast<const float16*>(of_groups) + (panel * groups + k / w.group) * PANEL + lane, 1)[0];
+  };
+  const int zero = !in_halves ? 128 : w.minimums == nullptr ? 8 : 0;
+  for (int64_t k = 0; k < w.K; ++k) {
+    const int byte = values[k / block_values * PANEL * QUAD + k % QUAD];
+    const int q = !in_halves ? byte : k % block_values < QUAD ? byte & 15 : byte >> 4;
+    row[k] = float(q - zero) * at(w.scales, k);
+    if (w.minimums != nullptr) row[k] += at(w.minimums, k);
+  }
+}
+
+constexpr auto SAME = [](vec v) { return v; };
+
+// T: the activations' type.
+template <class T>
+class Pass {
+ public:
+  explicit Pass(const DecoderForward& a)
+      : a_(a),
+        w_(*a.weights),
+        tokens_(a.B * a.T),
+        qkv_width_((w_.heads + 2 * w_.kv_heads) * w_.head_width),
+        attended_width_(w_.heads * w_.head_width),
+        up_width_(w_.layer_count > 0 ? w_.layers[0].up.N : 0),
+        stream_(of(tokens_ * w_.width)),
+        branch_(of(tokens_ * w_.width)),
+        x_(of(tokens_ * w_.width)),
+        qkv_(of(tokens_ * qkv_width_)),
+        qk_(of(is_rotary() ? tokens_ * qkv_width_ : 0)),
+        attended_(of(tokens_ * attended_width_)),
+        hidden_(of(tokens_ * up_width_)),
+        activated_(of(tokens_ * up_width_)),
+        lse_(tokens_ * w_.heads),
+        queries_(of(a.last == nullptr ? 0 : a.B * attended_width_)),
+        angles_(is_rotary() && a.starts != nullptr ? tokens_ * w_.head_width : 0),
+        offsets_(2 * a.B),
+        lengths_(2 * a.B) {}
+
+  bool run() {
+    for (const Scratch* s : {&stream_, &branch_, &x_, &qkv_, &qk_, &attended_, &hidden_, &activated_, &lse_, &queries_,
+                             &angles_, &offsets_, &lengths_}) {
+      if (!s->ok()) return false;
+    }
+    if (!embed()) return false;
+    if (is_rotary() && a_.starts != nullptr) gather_angles();
+    const void* branch = nullptr;
+    for (int64_t layer = 0; layer < w_.layer_count; ++layer, branch = branch_.data()) {
+      if (!attend(layer, branch) || !feed_forward(w_.layers[layer])) return false;
+    }
+    return norm(w_.norm, branch) && linear(w_.head, x_.data(), a_.logits);
+  }
+
+ private:
+  static int64_t of(int64_t elements) { return (elements * int64_t(sizeof(T)) + 3) / 4; }
+  static T* values(const Scratch& s) { return reinterpret_cast<T*>(s.data()); }
+  bool is_rotary() const { return w_.position_embedding == nullptr; }
+
+  int64_t start_of(int64_t b) const { return a_.starts == nullptr ? a_.start : a_.starts[b]; }
+  int64_t keys_of(int64_t b) const { return a_.kv_lengths == nullptr ? a_.end : a_.kv_lengths[b]; }
+
+  bool embed() {
+    const LinearWeight& e = w_.embedding;
+    Failure no_memory;
+    parallel_rows(tokens_, w_.width, [&](int64_t begin, int64_t end) {
+      const Scratch row(e.group == 0 ? 0 : w_.width);
+      if (!row.ok()) return no_memory.set();
+      for (int64_t i = begin; i < end; ++i) {
+        T* out = values(stream_) + i * w_.width;
+        if (e.group == 0) {
+          with_dtype(e.dtype, [&](auto t) {
+            map_row(out, w_.width, SAME, static_cast<const decltype(t)*>(e.values) + a_.ids[i] * w_.width);
+            return true;
+          });
+        } else {
+          dequantize_row(e, a_.ids[i], row.data());
+          map_row(out, w_.width, SAME, row.data());
+        }
+        if (is_rotary()) continue;
+        const int64_t position = start_of(i / a_.T) + i % a_.T;
+        const T* of_position = static_cast<const T*>(w_.position_embedding) + position * w_.width;
+        map_row(out, w_.width, [](vec token, vec place) { return token + place; }, out, of_position);
+      }
+    });
+    return !no_memory.happened();
+  }
+
+  // cos and then sin, (B, T, D / 2) each.
+  void gather_angles() {
+    const int64_t half = w_.head_width / 2;
+    float* to = angles_.data();
+    for (const float* table : {a_.cos, a_.sin}) {
+      for (int64_t b = 0; b < a_.B; ++b, to += a_.T * half) {
+        std::memcpy(to, table + a_.starts[b] * half, size_t(a_.T * half) * sizeof(float));
+      }
+    }
+  }
+
+  bool linear(const LinearWeight& w, const void* x, void* y) const {
+    if (w.group == 0) {
+      LinearForward p{};
+      p.x = x, p.weight = w.values, p.bias = w.bias, p.y = y;
+      p.M = tokens_, p.N = w.N, p.K = w.K;
+      p.dtype = w_.dtype, p.weight_dtype = w.dtype, p.bias_dtype = w.bias_dtype;
+      return linear_forward(p);
+    }
+    LinearQuantizedForward p{};
+    p.x = x, p.values = static_cast<const uint8_t*>(w.values), p.scales = w.scales, p.minimums = w.minimums;
+    p.bias = w.bias, p.y = y;
+    p.M = tokens_, p.N = w.N, p.K = w.K, p.group = w.group;
+    p.dtype = w_.dtype, p.bias_dtype = w.bias_dtype, p.format = w.format;
+    return linear_quantized_forward(p);
+  }
+
+  // x = norm(stream + branch), and the sum into the stream; the norm of the stream alone without branch.
+  bool norm(const NormWeight& n, const void* branch) const {
+    if (n.bias == nullptr && branch == nullptr) {
+      return rms_norm_forward({stream_.data(), n.weight, x_.data(), tokens_, w_.width, w_.eps, w_.dtype, w_.dtype});
+    }
+    if (n.bias == nullptr) {
+      return add_rms_norm_forward(
+          {branch, stream_.data(), n.weight, x_.data(), stream_.data(), tokens_, w_.width, w_.eps, w_.dtype, w_.dtype});
+    }
+    if (branch == nullptr) {
+      return layer_norm_forward(
+          {stream_.data(), n.weight, n.bias, x_.data(), tokens_, w_.width, w_.eps, w_.dtype, w_.dtype, w_.dtype});
+    }
+    return add_layer_norm_forward({branch, stream_.data(), n.weight, n.bias, x_.data(), stream_.data(), tokens_,
+                                   w_.width, w_.eps, w_.dtype, w_.dtype, w_.dtype});
+  }
+
+  static const T* row_of(const T* data, const int64_t (&strides)[3], int64_t b, int64_t h, int64_t t) {
+    return data + b * strides[0] + h * strides[1] + t * strides[2];
+  }
+  // Vectors of (batch, head, position).
+  struct Heads {
+    const T* data;
+    int64_t strides[3];
+    const T* row(int64_t b, int64_t h, int64_t t) const { return row_of(data, strides, b, h, t); }
+  };
+
+  // norm, attention and its output: from (stream, branch) to (stream, branch).
+  bool attend(int64_t layer, const void* branch) {
+    const DecoderLayer& l = w_.layers[layer];
+    if (!norm(l.attention_norm, branch) || !linear(l.qkv, x_.data(), qkv_.data())) return false;
+    const int64_t D = w_.head_width;
+    const Heads projected{values(qkv_), {a_.T * qkv_width_, D, qkv_width_}};
+    Heads qk = projected;
+    if (is_rotary()) {
+      const int64_t heads = w_.heads + w_.kv_heads;
+      if (!turn(projected)) return false;
+      qk = {values(qk_), {heads * a_.T * D, a_.T * D, D}};
+    }
+    store(layer, qk, projected);
+
+    AttentionForward f{};
+    AttentionProblem& p = f.problem;
+    p.q = qk.data, p.k = a_.cache.keys[layer], p.v = a_.cache.values[layer];
+    p.B = a_.B, p.H = w_.heads, p.G = w_.kv_heads, p.T = a_.T, p.D = D, p.Dv = D;
+    for (int i = 0; i < 3; ++i) p.q_strides[i] = qk.strides[i], p.k_strides[i] = p.v_strides[i] = a_.cache.strides[i];
+    p.page_table = a_.cache.page_table, p.page_columns = a_.cache.page_columns, p.page_length = a_.cache.page_length;
+    p.S = p.page_table == nullptr ? a_.end : p.page_columns * p.page_length;
+    p.dtype = w_.dtype;
+    p.kv_lengths = a_.kv_lengths;
+    p.q_offsets = a_.starts, p.q_offset = a_.start;
+    if (p.page_table != nullptr && a_.kv_lengths == nullptr) p.kv_lengths = same_lengths();
+    p.causal = true, p.window_left = w_.window > 0 ? w_.window - 1 : -1, p.window_right = -1;
+    p.scale = w_.scale;
+    if (layer == w_.layer_count - 1 && a_.last != nullptr) go_on_with_last(p);
+    f.out = attended_.data();
+    f.out_strides[0] = p.T * attended_width_, f.out_strides[1] = D, f.out_strides[2] = attended_width_;
+    f.lse = lse_.data();
+    return attention_forward(f) && linear(l.output, attended_.data(), branch_.data());
+  }
+
+  bool turn(const Heads& projected) const {
+    const int64_t half = w_.head_width / 2;
+    Rope r{};
+    r.x = projected.data, r.y = qk_.data();
+    r.cos = a_.starts == nullptr ? a_.cos + a_.start * half : angles_.data();
+    r.sin = a_.starts == nullptr ? a_.sin + a_.start * half : angles_.data() + tokens_ * half;
+    r.B = a_.B, r.H = w_.heads + w_.kv_heads, r.T = a_.T, r.D = w_.head_width, r.half = half;
+    for (int i = 0; i < 3; ++i) r.x_strides[i] = projected.strides[i];
+    r.angle_batch_stride = a_.starts == nullptr ? 0 : a_.T * half;
+    r.dtype = w_.dtype, r.angle_dtype = Dtype::float32;
+    return rope(r);
+  }
+
+  // The new tokens' keys and values into the cache; what pads a sequence has no place there.
+  void store(int64_t layer, const Heads& qk, const Heads& projected) const {
+    const int64_t D = w_.head_width;
+    T* keys = static_cast<T*>(a_.cache.keys[layer]);
+    T* stored = static_cast<T*>(a_.cache.values[layer]);
+    parallel_for(tokens_, 16384 / (w_.kv_heads * D) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / a_.T, t = i % a_.T, position = start_of(b) + t;
+        if (position >= keys_of(b)) continue;
+        for (int64_t g = 0; g < w_.kv_heads; ++g) {
+          const int64_t at = place(b, g, position);
+          std::memcpy(keys + at, qk.row(b, w_.heads + g, t), size_t(D) * sizeof(T));
+          std::memcpy(stored + at, projected.row(b, w_.heads + w_.kv_heads + g, t), size_t(D) * sizeof(T));
+        }
+      }
+    });
+  }
+
+  // Where the key at a position lies in a layer's buffer.
+  int64_t place(int64_t b, int64_t g, int64_t position) const {
+    const DecoderCache& c = a_.cache;
+    if (c.page_table == nullptr) return b * c.strides[0] + g * c.strides[1] + position * c.strides[2];
+    const int64_t page = c.page_table[b * c.page_columns + position / c.page_length];
+    return page * c.strides[0] + g * c.strides[1] + position % c.page_length * c.strides[2];
+  }
+
+  int64_t* same_lengths() const {
+    int64_t* lengths = reinterpret_cast<int64_t*>(lengths_.data());
+    for (int64_t b = 0; b < a_.B; ++b) lengths[b] = a_.end;
+    return lengths;
+  }
+
+  // From here on each sequence has one token: its queries, its row of the stream, its position.
+  void go_on_with_last(AttentionProblem& p) {
+    T* queries = values(queries_);
+    int64_t* offsets = reinterpret_cast<int64_t*>(offsets_.data());
+    for (int64_t b = 0; b < a_.B; ++b) {
+      const int64_t t = a_.last[b];
+      offsets[b] = start_of(b) + t;
+      for (int64_t h = 0; h < w_.heads; ++h) {
+        const T* query = row_of(static_cast<const T*>(p.q), p.q_strides, b, h, t);
+        std::memcpy(queries + b * attended_width_ + h * p.D, query, size_t(p.D) * sizeof(T));
+      }
+      const T* row = values(stream_) + (b * a_.T + t) * w_.width;
+      std::memmove(values(stream_) + b * w_.width, row, size_t(w_.width) * sizeof(T));
+    }
+    p.q = queries, p.T = 1, p.q_offsets = offsets;
+    p.q_strides[0] = p.q_strides[2] = attended_width_, p.q_strides[1] = p.D;
+    tokens_ = a_.B;
+  }
+
+  bool feed_forward(const DecoderLayer& l) const {
+    if (!norm(l.feed_forward_norm, branch_.data()) || !linear(l.up, x_.data(), hidden_.data())) return false;
+    if (w_.gated) {
+      const int64_t F = up_width_ / 2;
+      const GatedForward gated{values(hidden_), values(hidden_) + F, activated_.data(), tokens_, F,
+                               up_width_,       up_width_,           w_.dtype,          false};
+      if (!swiglu_forward(gated)) return false;
+    } else if (!gelu_forward({hidden_.data(), activated_.data(), tokens_ * up_width_, w_.dtype, true})) {
+      return false;
+    }
+    return linear(l.down, activated_.data(), branch_.data());
+  }
+
+  const DecoderForward& a_;
+  const DecoderWeights& w_;
+  int64_t tokens_;  // rows of the stream
+  int64_t qkv_width_, attended_width_, up_width_;
+  Scratch stream_, branch_, x_, qkv_, qk_, attended_, hidden_, activated_, lse_, queries_, angles_, offsets_, lengths_;
+};
+
+}  // namespace
+
+bool decoder_forward(const DecoderForward& a) {
+  if (a.B * a.T == 0) return true;
+  return with_dtype(a.weights->dtype, [&](auto t) { return Pass<decltype(t)>(a).run(); });
+}
+
+}  // namespace llmcore::LLMCORE_LEVEL

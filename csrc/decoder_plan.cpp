@@ -1,0 +1,139 @@
+// A decoder's weights at their places in memory, bound once, and the pass over them: what llmcore/models/plan.py calls.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "levels.h"
+
+namespace py = pybind11;
+
+namespace llmcore {
+namespace {
+
+using Address = uintptr_t;  // of a tensor's data that Python keeps alive; 0: none
+
+template <class T>
+const T* at(Address address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+template <class T>
+std::vector<T*> pointers(const std::vector<Address>& addresses) {
+  std::vector<T*> result;
+  for (const Address address : addresses) result.push_back(reinterpret_cast<T*>(address));
+  return result;
+}
+
+class DecoderPlan {
+ public:
+  DecoderPlan(int64_t level, DecoderWeights weights, std::vector<DecoderLayer> layers)
+      : kernels_(kernels_at(level)), layers_(std::move(layers)), weights_(weights) {
+    if (kernels_ == nullptr) throw std::invalid_argument("level: this machine doesn't run it");
+    weights_.layers = layers_.data(), weights_.layer_count = int64_t(layers_.size());
+  }
+  DecoderPlan(const DecoderPlan&) = delete;
+  DecoderPlan& operator=(const DecoderPlan&) = delete;
+
+  void forward(DecoderForward pass, const std::vector<Address>& keys, const std::vector<Address>& values) const {
+    if (keys.size() != layers_.size() || values.size() != layers_.size()) {
+      throw std::invalid_argument("keys, values: expected a buffer for each layer");
+    }
+    for (int64_t i = 0; i < pass.B * pass.T; ++i) {
+      if (pass.ids[i] < 0 || pass.ids[i] >= weights_.embedding.N) {
+        throw py::index_error("ids: got " + std::to_string(pass.ids[i]) + ", expected 0 to " +
+                              std::to_string(weights_.embedding.N - 1));
+      }
+    }
+    const std::vector<void*> key_buffers = pointers<void>(keys), value_buffers = pointers<void>(values);
+    pass.weights = &weights_;
+    pass.cache.keys = key_buffers.data(), pass.cache.values = value_buffers.data();
+    const py::gil_scoped_release others_may_run;
+    if (!kernels_->decoder_forward(pass)) throw std::bad_alloc();
+  }
+
+ private:
+  const Kernels* kernels_;
+  std::vector<DecoderLayer> layers_;
+  DecoderWeights weights_;
+};
+
+}  // namespace
+
+void bind_decoder_plan(py::module_& m) {
+  py::enum_<Dtype>(m, "Dtype")
+      .value("float32", Dtype::float32)
+      .value("bfloat16", Dtype::bfloat16)
+      .value("float16", Dtype::float16);
+
+  py::class_<LinearWeight>(m, "LinearWeight", "A weight (N, K) and its bias; group 0: a plain one.")
+      .def(py::init([](Address values, Address scales, Address minimums, Address bias, int64_t N, int64_t K,
+                       int64_t group, Dtype dtype, Dtype bias_dtype, bool int4) {
+             return LinearWeight{at<void>(values),
+                                 at<void>(scales),
+                                 at<void>(minimums),
+                                 at<void>(bias),
+                                 N,
+                                 K,
+                                 group,
+                                 dtype,
+                                 bias_dtype,
+                                 int4 ? QuantizedFormat::int4 : QuantizedFormat::int8};
+           }),
+           py::kw_only(), py::arg("values"), py::arg("scales"), py::arg("minimums"), py::arg("bias"), py::arg("N"),
+           py::arg("K"), py::arg("group"), py::arg("dtype"), py::arg("bias_dtype"), py::arg("int4"));
+
+  py::class_<NormWeight>(m, "NormWeight", "Of a layer norm, or without bias of an RMS norm.")
+      .def(py::init([](Address weight, Address bias) { return NormWeight{at<void>(weight), at<void>(bias)}; }),
+           py::kw_only(), py::arg("weight"), py::arg("bias"));
+
+  py::class_<DecoderLayer>(m, "DecoderLayer")
+      .def(py::init([](NormWeight attention_norm, LinearWeight qkv, LinearWeight output, NormWeight feed_forward_norm,
+                       LinearWeight up, LinearWeight down) {
+             return DecoderLayer{attention_norm, qkv, output, feed_forward_norm, up, down};
+           }),
+           py::kw_only(), py::arg("attention_norm"), py::arg("qkv"), py::arg("output"), py::arg("feed_forward_norm"),
+           py::arg("up"), py::arg("down"));
+
+  py::class_<DecoderPlan>(m, "DecoderPlan", "csrc/ops.h, DecoderWeights; addresses must stay valid.")
+      .def(
+          py::init([](int64_t level, LinearWeight embedding, LinearWeight head, Address position_embedding,
+                      std::vector<DecoderLayer> layers, NormWeight norm, int64_t width, int64_t heads, int64_t kv_heads,
+                      int64_t head_width, int64_t window, float eps, float scale, bool gated, Dtype dtype) {
+            DecoderWeights w{};
+            w.embedding = embedding, w.head = head, w.position_embedding = at<void>(position_embedding);
+            w.norm = norm, w.width = width, w.heads = heads, w.kv_heads = kv_heads, w.head_width = head_width;
+            w.window = window, w.eps = eps, w.scale = scale, w.gated = gated, w.dtype = dtype;
+            return std::make_unique<DecoderPlan>(level, w, std::move(layers));
+          }),
+          py::kw_only(), py::arg("level"), py::arg("embedding"), py::arg("head"), py::arg("position_embedding"),
+          py::arg("layers"), py::arg("norm"), py::arg("width"), py::arg("heads"), py::arg("kv_heads"),
+          py::arg("head_width"), py::arg("window"), py::arg("eps"), py::arg("scale"), py::arg("gated"),
+          py::arg("dtype"))
+      .def(
+          "forward",
+          [](const DecoderPlan& plan, Address ids, Address logits, int64_t batch, int64_t tokens, int64_t start,
+             int64_t end, Address starts, Address kv_lengths, Address last, Address cos, Address sin,
+             const std::vector<Address>& keys, const std::vector<Address>& values,
+             const std::array<int64_t, 3>& cache_strides, Address page_table, int64_t page_columns,
+             int64_t page_length) {
+            DecoderForward a{};
+            a.ids = at<int64_t>(ids), a.logits = reinterpret_cast<void*>(logits);
+            a.B = batch, a.T = tokens, a.start = start, a.end = end;
+            a.starts = at<int64_t>(starts), a.kv_lengths = at<int64_t>(kv_lengths), a.last = at<int64_t>(last);
+            a.cos = at<float>(cos), a.sin = at<float>(sin);
+            for (size_t i = 0; i < 3; ++i) a.cache.strides[i] = cache_strides[i];
+            a.cache.page_table = at<int64_t>(page_table);
+            a.cache.page_columns = page_columns, a.cache.page_length = page_length;
+            plan.forward(a, keys, values);
+          },
+          py::kw_only(), py::arg("ids"), py::arg("logits"), py::arg("batch"), py::arg("tokens"), py::arg("start"),
+          py::arg("end"), py::arg("starts"), py::arg("kv_lengths"), py::arg("last"), py::arg("cos"), py::arg("sin"),
+          py::arg("keys"), py::arg("values"), py::arg("cache_strides"), py::arg("page_table"), py::arg("page_columns"),
+          py::arg("page_length"), "csrc/ops.h, DecoderForward.");
+}
+
+}  // namespace llmcore

@@ -1,0 +1,70 @@
+"""A decoder with packed weights: the same model, its matrices in bfloat16, int8 or int4.
+
+For inference: packed weights take no gradient and are no parameters. Activations stay in the
+dtype of what is not packed (norms, biases).
+"""
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from llmcore.models.block import Packable
+from llmcore.models.transformer import Decoder
+from llmcore.ops.packed_weight import GROUPS, PackedWeight, pack
+
+FORMATS = ("bf16", "int8", "int4")
+
+
+def pack_weights(
+    model: Decoder, format: str, given: Mapping[str, PackedWeight] | None = None
+) -> dict[str, float]:
+    """Put packed weights in the place of a model's matrices, in FORMATS; what each lost by it.
+
+    int8 has groups of 32 with a scale each; int4 has a minimum too, but for the embedding and the
+    head, which are int8: their errors reach the logits undiluted. The result names the modules,
+    each with its `PackedWeight.error`.
+
+    given  weights packed already, by module's name ("blocks.0.attention.qkv"), used as they are
+
+    ValueError for another format, a model that is packed already, or a width without a group.
+    """
+    check_format(format)
+    given = given or {}
+    errors = {}
+    for name, module in _matrices(model):
+        weight = given.get(name) or _packed(name, module.parameter.detach(), format)
+        module.pack(weight)
+        errors[name] = weight.error
+    return errors
+
+
+def check_format(format: str | None) -> None:
+    """ValueError for what `load` doesn't take as weights."""
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"weights: got {format!r}, expected None, {', '.join(FORMATS)}")
+
+
+def check_not_packed(model: Decoder) -> None:
+    """ValueError for a model whose weights are not whole any more."""
+    for _, module in _matrices(model):
+        _ = module.parameter
+
+
+def _matrices(model: Decoder) -> Iterator[tuple[str, Packable]]:
+    for name, module in model.named_modules():
+        if isinstance(module, Packable):
+            yield name, module
+
+
+def _packed(name: str, weight: Tensor, format: str) -> PackedWeight:
+    if format == "bf16":
+        return pack(weight, format)
+    group = next((g for g in (32, 16) if weight.shape[1] % g == 0), None)
+    if group is None:
+        raise ValueError(
+            f"weights={format!r}: {name} has rows of {weight.shape[1]}, a multiple of "
+            f"{GROUPS[0]} is needed"
+        )
+    if format == "int4" and name not in ("embedding", "head"):
+        return pack(weight, "int4", group, asymmetric=True)
+    return pack(weight, "int8", group)

@@ -1,0 +1,220 @@
+"""A decoder's pass over a KV cache as one native call (csrc/cpu/decoder.cpp).
+
+Module by module a pass costs some ten calls from Python in each layer, which is most of the time
+of a small model's token. The plan knows where all weights lie, and hands them over at once; the
+kernels are those that the modules call, in the same order, and so the bits are the same.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmcore import device, dispatch, native
+from llmcore.models.block import (
+    Attention,
+    Block,
+    Embedding,
+    FeedForward,
+    Linear,
+    Norm,
+    Packable,
+    rotations,
+)
+from llmcore.models.cache import KVCache
+from llmcore.ops.packed_weight import PackedWeight
+
+if TYPE_CHECKING:
+    from llmcore.models.transformer import Decoder
+
+# Modules that a plan stands for: where one is of another class, it does something of its own.
+KNOWN = (Attention, Block, Embedding, FeedForward, Linear, Norm, nn.Embedding, nn.ModuleList)
+
+
+class Plan:
+    """The native pass of one model at one level of instructions.
+
+    It holds the weights' tensors, and so their memory: weights that are changed in place count,
+    tensors put in their place do not. Make it anew then, by a new cache.
+    """
+
+    def __init__(self, model: Decoder, backend: str) -> None:
+        assert native.module is not None
+        config = model.config
+        self.model, self.backend = model, backend
+        self.dtype = model.norm.weight.dtype
+        self.tensors: list[Tensor] = []
+        self._angles = (torch.empty(0, 0), torch.empty(0, 0))
+        position = model.position_embedding
+        embedding = self._linear(model.embedding)
+        self._native = native.module.DecoderPlan(
+            level=_level(backend),
+            embedding=embedding,
+            head=embedding if model.head is None else self._linear(model.head),
+            position_embedding=self._at(None if position is None else position.weight),
+            layers=[self._layer(block) for block in model.blocks],
+            norm=self._norm(model.norm),
+            width=config.width,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_width=config.head_width,
+            window=0,
+            eps=config.norm_eps,
+            scale=config.head_width**-0.5,
+            gated=config.activation == "swiglu",
+            dtype=_dtype(self.dtype),
+        )
+
+    @classmethod
+    def of(cls, model: Decoder, cache: KVCache) -> Plan | None:
+        """The plan of this pass, kept with the cache; None when `refuses` has a reason."""
+        if refuses_call():
+            return None
+        backend = dispatch.forced or "cpu"
+        plan = cache.plan
+        if plan is None or plan.model is not model or plan.backend != backend:
+            plan = None if refuses_model(model) else cls(model, backend)
+            cache.plan = plan
+        return plan
+
+    def logits(self, ids: Tensor, cache: KVCache, counts: Tensor | None, last_only: bool) -> Tensor:
+        """What Decoder.forward gives for ids (B, T) whose first counts[b] tokens are sequence b's.
+
+        (B, 1, V) for each sequence's last token, or (B, T, V). IndexError for an id outside of the
+        vocabulary.
+        """
+        batch, new = ids.shape
+        config = self.model.config
+        span = cache.reserve(torch.empty(batch, new, 0, dtype=self.dtype), counts)
+        ids = ids.to(torch.int64).contiguous()
+        last = None
+        if last_only:
+            last = torch.full((batch,), new - 1) if counts is None else (counts - 1).clamp(min=0)
+        logits = torch.empty(batch, 1 if last_only else new, config.vocab_size, dtype=self.dtype)
+        cos, sin = self._angles_to(span.end)
+        starts = span.q_offset if isinstance(span.q_offset, Tensor) else None
+        self._native.forward(
+            ids=ids.data_ptr(),
+            logits=logits.data_ptr(),
+            batch=batch,
+            tokens=new,
+            start=0 if starts is not None else span.q_offset,
+            end=span.end,
+            starts=_address(starts),
+            kv_lengths=_address(span.kv_lengths),
+            last=_address(last),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            keys=[buffer.data_ptr() for buffer in cache.keys],
+            values=[buffer.data_ptr() for buffer in cache.values],
+            cache_strides=cache.keys[0].stride()[:3],
+            page_table=0,
+            page_columns=0,
+            page_length=0,
+        )
+        cache.commit(span)
+        return logits
+
+    def _angles_to(self, end: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of the positions below `end`, and of some more: computed once."""
+        if self.model.position_embedding is None and len(self._angles[0]) < end:
+            count = min(2 * end, max(end, self.model.config.context_length))
+            self._angles = rotations(self.model.config, torch.arange(count))
+        return self._angles
+
+    def _layer(self, block: nn.Module) -> Any:
+        assert native.module is not None and isinstance(block, Block)
+        return native.module.DecoderLayer(
+            attention_norm=self._norm(block.attention_norm),
+            qkv=self._linear(block.attention.qkv),
+            output=self._linear(block.attention.output),
+            feed_forward_norm=self._norm(block.feed_forward_norm),
+            up=self._linear(block.feed_forward.up),
+            down=self._linear(block.feed_forward.down),
+        )
+
+    def _norm(self, norm: Norm) -> Any:
+        assert native.module is not None
+        return native.module.NormWeight(weight=self._at(norm.weight), bias=self._at(norm.bias))
+
+    def _linear(self, module: Packable) -> Any:
+        assert native.module is not None
+        weight, bias = module.weight, getattr(module, "bias", None)
+        packed = weight if isinstance(weight, PackedWeight) else None
+        values = module.parameter if packed is None else packed.values
+        scales = None if packed is None else packed.scales
+        rows, width = weight.shape
+        return native.module.LinearWeight(
+            values=self._at(values),
+            scales=self._at(scales),
+            minimums=self._at(None if packed is None else packed.minimums),
+            bias=self._at(bias),
+            N=rows,
+            K=width,
+            group=0 if packed is None else packed.group,
+            dtype=_dtype(values.dtype if scales is None else torch.float32),
+            bias_dtype=_dtype(torch.float32 if bias is None else bias.dtype),
+            int4=packed is not None and packed.format == "int4",
+        )
+
+    def _at(self, tensor: Tensor | None) -> int:
+        """The tensor's address; it lives as long as the plan."""
+        if tensor is None:
+            return 0
+        self.tensors.append(tensor)
+        return tensor.data_ptr()
+
+
+def refuses_call() -> list[str]:
+    """Why no pass goes by a native call right now, as `refuses` says; empty when it may."""
+    reasons = []
+    if native.module is None:
+        reasons.append(native.why_not)
+    if torch.is_grad_enabled():
+        reasons.append("gradients are recorded: wrap the pass in torch.no_grad()")
+    if torch.is_autocast_enabled("cpu"):
+        reasons.append("autocast is on")
+    if torch.compiler.is_compiling():
+        reasons.append("torch.compile traces the modules")
+    if dispatch.forced is not None and dispatch.forced.partition("_")[0] != "cpu":
+        reasons.append(f"{dispatch.forced} is forced")
+    elif native.module is not None and _level(dispatch.forced or "cpu") is None:
+        reasons.append(f"this machine doesn't run {dispatch.forced}")
+    return reasons
+
+
+def refuses_model(model: Decoder) -> list[str]:
+    """Why this model's passes go module by module; empty when they need not."""
+    reasons = []
+    for name, module in model.named_modules():
+        if module is not model and type(module) not in KNOWN:
+            reasons.append(f"{name} is a {type(module).__name__} of someone else's")
+        if module._forward_hooks or module._forward_pre_hooks:
+            reasons.append(f"{name or 'the model'} has a forward hook")
+    tensors = dict(model.named_parameters())
+    reasons += native.refuses_tensors(*tensors.values())
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) > 1:
+        reasons.append(f"parameters of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
+    reasons += [f"{name} is not contiguous" for name, t in tensors.items() if not t.is_contiguous()]
+    return reasons
+
+
+def _level(backend: str) -> int | None:
+    """The number of a backend's level of instructions; None where this machine lacks it."""
+    if backend == "cpu":
+        return native.BEST_LEVEL
+    levels = device.cpu_levels()
+    level = backend.removeprefix("cpu_")
+    return list(levels).index(level) if levels.get(level) == "" else None
+
+
+def _dtype(dtype: torch.dtype) -> Any:
+    assert native.module is not None
+    return getattr(native.module.Dtype, str(dtype).removeprefix("torch."))
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,146 @@
+"""The native pass: the bits of the modules it stands for, and every reason to go by those."""
+
+import copy
+
+import pytest
+import torch
+
+import llmcore
+from llmcore import device, dispatch
+from llmcore.models import KVCache
+from llmcore.models.packed import pack_weights
+from llmcore.models.plan import Plan, refuses_call, refuses_model
+
+pytestmark = pytest.mark.skipif(
+    llmcore.native.module is None, reason=f"the native kernels: {llmcore.native.why_not}"
+)
+
+SHAPES = {
+    "llama": {},
+    "untied": {"tied_embeddings": False},
+    "bias": {"bias": True, "kv_heads": 1},
+    "wide_heads": {"head_width": 12},
+}
+
+
+def by_modules(monkeypatch):
+    monkeypatch.setattr(Plan, "of", classmethod(lambda *_: None))
+
+
+@torch.no_grad()
+def passes(model, batch=2):
+    """Logits of a prompt, of single tokens, and of padded ones, over one cache."""
+    ids = torch.randint(300, (batch, 40), generator=torch.Generator().manual_seed(0))
+    cache = KVCache(model.config, batch, 8)
+    logits = [model(ids[:, :20], cache), model(ids[:, 20:21], cache, last_only=True)]
+    mask = torch.ones(batch, 5, dtype=torch.bool)
+    mask[0, :3] = False
+    logits.append(model(ids[:, 21:26], cache, mask)[mask])
+    logits.append(model(ids[:, 26:27], cache))
+    logits.append(model(ids[:, 27:32], cache, mask, last_only=True))
+    assert cache.plan is None or isinstance(cache.plan, Plan)
+    return [*logits, *cache.keys, cache.lengths], cache.plan is not None
+
+
+def assert_same_bits(model, monkeypatch):
+    native, planned = passes(model)
+    assert planned
+    with monkeypatch.context() as patch:
+        by_modules(patch)
+        expected, planned = passes(model)
+    assert not planned
+    for ours, theirs in zip(native[:5], expected[:5], strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(native[-1], expected[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, "gpt2"])
+def test_plan_has_the_bits_of_the_modules(tiny_decoder, gpt2_shape, monkeypatch, shape, dtype):
+    model = tiny_decoder(**(gpt2_shape if shape == "gpt2" else SHAPES[shape])).to(dtype)
+    assert_same_bits(model, monkeypatch)
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("shape", ["llama", "untied", "gpt2"])
+def test_plan_takes_packed_weights(tiny_decoder, gpt2_shape, monkeypatch, shape, format):
+    model = tiny_decoder(**(gpt2_shape if shape == "gpt2" else SHAPES[shape]))
+    pack_weights(model, format)
+    assert_same_bits(model, monkeypatch)
+    assert_same_bits(model.to(torch.bfloat16), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "level", [name for name, lacks in device.cpu_levels().items() if not lacks]
+)
+def test_plan_at_every_level(tiny_decoder, monkeypatch, level):
+    with llmcore.use(f"cpu_{level}"):
+        assert_same_bits(tiny_decoder(), monkeypatch)
+
+
+def test_plan_threads_and_batch(tiny_decoder):
+    model = tiny_decoder()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone, _ = passes(model)
+    finally:
+        torch.set_num_threads(threads)
+    together, _ = passes(model)
+    for one, two in zip(alone[:5], together[:5], strict=True):
+        assert torch.equal(one, two)
+    single, _ = passes(model, batch=1)
+    assert torch.equal(single[0], together[0][:1])
+
+
+def test_plan_last_token_of_a_prompt(tiny_decoder):
+    model = tiny_decoder()
+    ids = torch.randint(300, (3, 33))
+    with torch.no_grad():
+        whole = model(ids, KVCache(model.config, 3))
+        last = model(ids, KVCache(model.config, 3), last_only=True)
+    assert torch.equal(last, whole[:, -1:])
+
+
+def test_plan_follows_weights_changed_in_place(tiny_decoder):
+    model = tiny_decoder()
+    ids = torch.randint(300, (1, 4))
+    cache = KVCache(model.config, 1)
+    with torch.no_grad():
+        model(ids, cache)
+        model.norm.weight.mul_(2.0)
+        cache._longest = 0
+        after = model(ids, cache)
+        assert torch.equal(after, model(ids, KVCache(model.config, 1)))
+
+
+def test_plan_refuses_what_it_is_not(tiny_decoder):
+    model = tiny_decoder()
+    assert refuses_model(model) == []
+    assert any("grad" in reason for reason in refuses_call())
+    with torch.no_grad():
+        assert refuses_call() == []
+        with torch.autocast("cpu"):
+            assert any("autocast" in reason for reason in refuses_call())
+        with dispatch.use("reference"):
+            assert any("reference" in reason for reason in refuses_call())
+    hooked = copy.deepcopy(model)
+    hooked.blocks[1].attention.register_forward_hook(lambda *_: None)
+    assert any("blocks.1.attention" in reason for reason in refuses_model(hooked))
+    replaced = copy.deepcopy(model)
+    replaced.blocks[0].feed_forward.down = torch.nn.Linear(48, 32, bias=False)
+    assert any("feed_forward.down" in reason for reason in refuses_model(replaced))
+    mixed = copy.deepcopy(model)
+    mixed.norm.double()
+    assert any("float64" in reason for reason in refuses_model(mixed))
+    ids = torch.randint(300, (1, 5))
+    with torch.no_grad():
+        cache = KVCache(model.config, 1)
+        hooked(ids, cache)
+        assert cache.plan is None
+
+
+def test_plan_checks_ids(tiny_decoder):
+    model = tiny_decoder()
+    with torch.no_grad(), pytest.raises(IndexError, match="300"):
+        model(torch.tensor([[300]]), KVCache(model.config, 1))
