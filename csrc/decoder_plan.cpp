@@ -116,14 +116,15 @@ void bind_decoder_plan(py::module_& m) {
       .def(
           "forward",
           [](const DecoderPlan& plan, Address ids, Address logits, int64_t batch, int64_t tokens, int64_t start,
-             int64_t end, Address starts, Address kv_lengths, Address last, Address cos, Address sin,
+             int64_t end, Address starts, Address positions, Address kv_lengths, Address last, Address cos, Address sin,
              const std::vector<Address>& keys, const std::vector<Address>& values,
              const std::array<int64_t, 3>& cache_strides, Address page_table, int64_t page_columns,
              int64_t page_length) {
             DecoderForward a{};
             a.ids = at<int64_t>(ids), a.logits = reinterpret_cast<void*>(logits);
             a.B = batch, a.T = tokens, a.start = start, a.end = end;
-            a.starts = at<int64_t>(starts), a.kv_lengths = at<int64_t>(kv_lengths), a.last = at<int64_t>(last);
+            a.starts = at<int64_t>(starts), a.positions = at<int64_t>(positions),
+            a.kv_lengths = at<int64_t>(kv_lengths), a.last = at<int64_t>(last);
             a.cos = at<float>(cos), a.sin = at<float>(sin);
             for (size_t i = 0; i < 3; ++i) a.cache.strides[i] = cache_strides[i];
             a.cache.page_table = at<int64_t>(page_table);
@@ -131,9 +132,9 @@ void bind_decoder_plan(py::module_& m) {
             plan.forward(a, keys, values);
           },
           py::kw_only(), py::arg("ids"), py::arg("logits"), py::arg("batch"), py::arg("tokens"), py::arg("start"),
-          py::arg("end"), py::arg("starts"), py::arg("kv_lengths"), py::arg("last"), py::arg("cos"), py::arg("sin"),
-          py::arg("keys"), py::arg("values"), py::arg("cache_strides"), py::arg("page_table"), py::arg("page_columns"),
-          py::arg("page_length"), "csrc/ops.h, DecoderForward.");
+          py::arg("end"), py::arg("starts"), py::arg("positions"), py::arg("kv_lengths"), py::arg("last"),
+          py::arg("cos"), py::arg("sin"), py::arg("keys"), py::arg("values"), py::arg("cache_strides"),
+          py::arg("page_table"), py::arg("page_columns"), py::arg("page_length"), "csrc/ops.h, DecoderForward.");
 }
 
 }  // namespace llmcore

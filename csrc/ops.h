@@ -458,15 +458,16 @@ struct DecoderCache {
   int64_t page_columns, page_length;
 };
 
-// Logits of the T new tokens of B sequences, whose keys and values go into the cache: token t of sequence b has the
-// position starts[b] + t. logits (B, T, V) or, with `last` (B), those of the tokens last[b] only, (B, V). cos and sin:
-// of every position from 0 on, float32 (positions, D / 2).
+// Logits of the T new tokens of B sequences, whose keys and values go into the cache: those of token t of sequence b to
+// slot starts[b] + t, its position being positions[b] + t. logits (B, T, V) or, with `last` (B), those of the tokens
+// last[b] only, (B, V). cos and sin: of every position from 0 on, float32 (positions, D / 2).
 struct DecoderForward {
   const DecoderWeights* weights;
   DecoderCache cache;
   const int64_t* ids;         // (B, T)
   const int64_t* starts;      // (B) or null: `start`
-  const int64_t* kv_lengths;  // (B), keys with the new ones, or null: `end`
+  const int64_t* positions;   // (B) or null: as the slots
+  const int64_t* kv_lengths;  // (B), slots with the new ones, or null: `end`
   const int64_t* last;
   const float* cos;
   const float* sin;

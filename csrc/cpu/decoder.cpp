@@ -55,7 +55,7 @@ class Pass {
         activated_(of(tokens_ * up_width_)),
         lse_(tokens_ * w_.heads),
         queries_(of(a.last == nullptr ? 0 : a.B * attended_width_)),
-        angles_(is_rotary() && a.starts != nullptr ? tokens_ * w_.head_width : 0),
+        angles_(is_rotary() && positions_differ() ? tokens_ * w_.head_width : 0),
         offsets_(2 * a.B),
         lengths_(2 * a.B) {}
 
@@ -65,7 +65,7 @@ class Pass {
       if (!s->ok()) return false;
     }
     if (!embed()) return false;
-    if (is_rotary() && a_.starts != nullptr) gather_angles();
+    if (is_rotary() && positions_differ()) gather_angles();
     const void* branch = nullptr;
     for (int64_t layer = 0; layer < w_.layer_count; ++layer, branch = branch_.data()) {
       if (!attend(layer, branch) || !feed_forward(w_.layers[layer])) return false;
@@ -79,6 +79,8 @@ class Pass {
   bool is_rotary() const { return w_.position_embedding == nullptr; }
 
   int64_t start_of(int64_t b) const { return a_.starts == nullptr ? a_.start : a_.starts[b]; }
+  int64_t position_of(int64_t b) const { return a_.positions == nullptr ? start_of(b) : a_.positions[b]; }
+  bool positions_differ() const { return a_.starts != nullptr || a_.positions != nullptr; }
   int64_t keys_of(int64_t b) const { return a_.kv_lengths == nullptr ? a_.end : a_.kv_lengths[b]; }
 
   bool embed() {
@@ -99,7 +101,7 @@ class Pass {
           map_row(out, w_.width, SAME, row.data());
         }
         if (is_rotary()) continue;
-        const int64_t position = start_of(i / a_.T) + i % a_.T;
+        const int64_t position = position_of(i / a_.T) + i % a_.T;
         const T* of_position = static_cast<const T*>(w_.position_embedding) + position * w_.width;
         map_row(out, w_.width, [](vec token, vec place) { return token + place; }, out, of_position);
       }
@@ -113,7 +115,7 @@ class Pass {
     float* to = angles_.data();
     for (const float* table : {a_.cos, a_.sin}) {
       for (int64_t b = 0; b < a_.B; ++b, to += a_.T * half) {
-        std::memcpy(to, table + a_.starts[b] * half, size_t(a_.T * half) * sizeof(float));
+        std::memcpy(to, table + position_of(b) * half, size_t(a_.T * half) * sizeof(float));
       }
     }
   }
@@ -199,11 +201,11 @@ class Pass {
     const int64_t half = w_.head_width / 2;
     Rope r{};
     r.x = projected.data, r.y = qk_.data();
-    r.cos = a_.starts == nullptr ? a_.cos + a_.start * half : angles_.data();
-    r.sin = a_.starts == nullptr ? a_.sin + a_.start * half : angles_.data() + tokens_ * half;
+    r.cos = !positions_differ() ? a_.cos + a_.start * half : angles_.data();
+    r.sin = !positions_differ() ? a_.sin + a_.start * half : angles_.data() + tokens_ * half;
     r.B = a_.B, r.H = w_.heads + w_.kv_heads, r.T = a_.T, r.D = w_.head_width, r.half = half;
     for (int i = 0; i < 3; ++i) r.x_strides[i] = projected.strides[i];
-    r.angle_batch_stride = a_.starts == nullptr ? 0 : a_.T * half;
+    r.angle_batch_stride = !positions_differ() ? 0 : a_.T * half;
     r.dtype = w_.dtype, r.angle_dtype = Dtype::float32;
     return rope(r);
   }
@@ -215,10 +217,10 @@ class Pass {
     T* stored = static_cast<T*>(a_.cache.values[layer]);
     parallel_for(tokens_, 16384 / (w_.kv_heads * D) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / a_.T, t = i % a_.T, position = start_of(b) + t;
-        if (position >= keys_of(b)) continue;
+        const int64_t b = i / a_.T, t = i % a_.T, slot = start_of(b) + t;
+        if (slot >= keys_of(b)) continue;
         for (int64_t g = 0; g < w_.kv_heads; ++g) {
-          const int64_t at = place(b, g, position);
+          const int64_t at = place(b, g, slot);
           std::memcpy(keys + at, qk.row(b, w_.heads + g, t), size_t(D) * sizeof(T));
           std::memcpy(stored + at, projected.row(b, w_.heads + w_.kv_heads + g, t), size_t(D) * sizeof(T));
         }
@@ -226,12 +228,12 @@ class Pass {
     });
   }
 
-  // Where the key at a position lies in a layer's buffer.
-  int64_t place(int64_t b, int64_t g, int64_t position) const {
+  // Where the key of a slot lies in a layer's buffer.
+  int64_t place(int64_t b, int64_t g, int64_t slot) const {
     const DecoderCache& c = a_.cache;
-    if (c.page_table == nullptr) return b * c.strides[0] + g * c.strides[1] + position * c.strides[2];
-    const int64_t page = c.page_table[b * c.page_columns + position / c.page_length];
-    return page * c.strides[0] + g * c.strides[1] + position % c.page_length * c.strides[2];
+    if (c.page_table == nullptr) return b * c.strides[0] + g * c.strides[1] + slot * c.strides[2];
+    const int64_t page = c.page_table[b * c.page_columns + slot / c.page_length];
+    return page * c.strides[0] + g * c.strides[1] + slot % c.page_length * c.strides[2];
   }
 
   int64_t* same_lengths() const {

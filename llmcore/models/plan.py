@@ -23,7 +23,7 @@ from llmcore.models.block import (
     Packable,
     rotations,
 )
-from llmcore.models.cache import KVCache
+from llmcore.models.cache_base import Cache
 from llmcore.ops.packed_weight import PackedWeight
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Plan:
             heads=config.heads,
             kv_heads=config.kv_heads,
             head_width=config.head_width,
-            window=0,
+            window=config.window or 0,
             eps=config.norm_eps,
             scale=config.head_width**-0.5,
             gated=config.activation == "swiglu",
@@ -68,9 +68,9 @@ class Plan:
         )
 
     @classmethod
-    def of(cls, model: Decoder, cache: KVCache) -> Plan | None:
+    def of(cls, model: Decoder, cache: Cache) -> Plan | None:
         """The plan of this pass, kept with the cache; None when `refuses` has a reason."""
-        if refuses_call():
+        if refuses_call() or cache.dtype is not None:
             return None
         backend = dispatch.forced or "cpu"
         plan = cache.plan
@@ -79,7 +79,7 @@ class Plan:
             cache.plan = plan
         return plan
 
-    def logits(self, ids: Tensor, cache: KVCache, counts: Tensor | None, last_only: bool) -> Tensor:
+    def logits(self, ids: Tensor, cache: Cache, counts: Tensor | None, last_only: bool) -> Tensor:
         """What Decoder.forward gives for ids (B, T) whose first counts[b] tokens are sequence b's.
 
         (B, 1, V) for each sequence's last token, or (B, T, V). IndexError for an id outside of the
@@ -93,8 +93,12 @@ class Plan:
         if last_only:
             last = torch.full((batch,), new - 1) if counts is None else (counts - 1).clamp(min=0)
         logits = torch.empty(batch, 1 if last_only else new, config.vocab_size, dtype=self.dtype)
-        cos, sin = self._angles_to(span.end)
+        cos, sin = self._angles_to(len(cache) + new)
         starts = span.q_offset if isinstance(span.q_offset, Tensor) else None
+        positions = None  # as the slots, unless a window has let tokens go
+        if config.window is not None:
+            positions = span.positions[..., 0].expand(batch).contiguous()
+        table = getattr(span, "table", None)
         self._native.forward(
             ids=ids.data_ptr(),
             logits=logits.data_ptr(),
@@ -103,6 +107,7 @@ class Plan:
             start=0 if starts is not None else span.q_offset,
             end=span.end,
             starts=_address(starts),
+            positions=_address(positions),
             kv_lengths=_address(span.kv_lengths),
             last=_address(last),
             cos=cos.data_ptr(),
@@ -110,9 +115,9 @@ class Plan:
             keys=[buffer.data_ptr() for buffer in cache.keys],
             values=[buffer.data_ptr() for buffer in cache.values],
             cache_strides=cache.keys[0].stride()[:3],
-            page_table=0,
-            page_columns=0,
-            page_length=0,
+            page_table=_address(table),
+            page_columns=0 if table is None else table.shape[1],
+            page_length=getattr(cache, "page_length", 0),
         )
         cache.commit(span)
         return logits

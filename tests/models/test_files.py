@@ -280,8 +280,8 @@ def test_files_refuse_other_names(tmp_path):
     (tmp_path / "model.pt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"model\.pt is not a model; accepted"):
         load(tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="weights='int4': only None"):
-        load(tmp_path, weights="int4")
+    with pytest.raises(ValueError, match="weights: got 'int3', expected None"):
+        load(tmp_path, weights="int3")
 
 
 def test_files_keep_the_dtype_out_of_the_config(saved, model, tiny_tokenizer):
