@@ -250,7 +250,14 @@ class _Run:
             return []
         room = self.task.model.config.context_length - len(self.cache) - 1
         most = min(sequence.left - 1, room)
-        return self.draft.guess(sequence.row, sequence.ids, most) if most > 0 else []
+        if most <= 0:
+            return []
+        ahead = self.task.samplers[sequence.row].copy()
+
+        def choose(logits: Tensor) -> int:
+            return int(self.task.sampling.choose(logits, [ahead]))
+
+        return self.draft.guess(sequence.row, sequence.ids, most, choose)
 
     def _choose(self, sequences: list[_Sequence], logits: Tensor) -> Step:
         """The next token of each of these, from logits (K, V)."""
