@@ -38,9 +38,12 @@ class DecoderPlan {
   DecoderPlan(const DecoderPlan&) = delete;
   DecoderPlan& operator=(const DecoderPlan&) = delete;
 
-  void forward(DecoderForward pass, const std::vector<Address>& keys, const std::vector<Address>& values) const {
-    if (keys.size() != layers_.size() || values.size() != layers_.size()) {
-      throw std::invalid_argument("keys, values: expected a buffer for each layer");
+  // The buffers of each layer: keys, values and, with int8, the scales of either.
+  void forward(DecoderForward pass, const std::array<std::vector<Address>, 4>& buffers) const {
+    for (size_t i = 0; i < buffers.size(); ++i) {
+      if (buffers[i].size() != (i < 2 || pass.cache.kv_dtype == KvDtype::int8 ? layers_.size() : 0)) {
+        throw std::invalid_argument("buffers: expected one for each layer");
+      }
     }
     for (int64_t i = 0; i < pass.B * pass.T; ++i) {
       if (pass.ids[i] < 0 || pass.ids[i] >= weights_.embedding.N) {
@@ -48,9 +51,11 @@ class DecoderPlan {
                               std::to_string(weights_.embedding.N - 1));
       }
     }
-    const std::vector<void*> key_buffers = pointers<void>(keys), value_buffers = pointers<void>(values);
+    const std::vector<void*> keys = pointers<void>(buffers[0]), values = pointers<void>(buffers[1]);
+    const std::vector<float*> key_scales = pointers<float>(buffers[2]), value_scales = pointers<float>(buffers[3]);
     pass.weights = &weights_;
-    pass.cache.keys = key_buffers.data(), pass.cache.values = value_buffers.data();
+    pass.cache.keys = keys.data(), pass.cache.values = values.data();
+    pass.cache.key_scales = key_scales.data(), pass.cache.value_scales = value_scales.data();
     const py::gil_scoped_release others_may_run;
     if (!kernels_->decoder_forward(pass)) throw std::bad_alloc();
   }
@@ -68,6 +73,11 @@ void bind_decoder_plan(py::module_& m) {
       .value("float32", Dtype::float32)
       .value("bfloat16", Dtype::bfloat16)
       .value("float16", Dtype::float16);
+
+  py::enum_<KvDtype>(m, "KvDtype")
+      .value("same", KvDtype::same)
+      .value("bfloat16", KvDtype::bfloat16)
+      .value("int8", KvDtype::int8);
 
   py::class_<LinearWeight>(m, "LinearWeight", "A weight (N, K) and its bias; group 0: a plain one.")
       .def(py::init([](Address values, Address scales, Address minimums, Address bias, int64_t N, int64_t K,
@@ -117,24 +127,27 @@ void bind_decoder_plan(py::module_& m) {
           "forward",
           [](const DecoderPlan& plan, Address ids, Address logits, int64_t batch, int64_t tokens, int64_t start,
              int64_t end, Address starts, Address positions, Address kv_lengths, Address last, Address cos, Address sin,
-             const std::vector<Address>& keys, const std::vector<Address>& values,
-             const std::array<int64_t, 3>& cache_strides, Address page_table, int64_t page_columns,
-             int64_t page_length) {
+             const std::array<std::vector<Address>, 4>& buffers, KvDtype kv_dtype,
+             const std::array<int64_t, 3>& cache_strides, const std::array<int64_t, 3>& scale_strides,
+             Address page_table, int64_t page_columns, int64_t page_length) {
             DecoderForward a{};
             a.ids = at<int64_t>(ids), a.logits = reinterpret_cast<void*>(logits);
             a.B = batch, a.T = tokens, a.start = start, a.end = end;
             a.starts = at<int64_t>(starts), a.positions = at<int64_t>(positions),
             a.kv_lengths = at<int64_t>(kv_lengths), a.last = at<int64_t>(last);
             a.cos = at<float>(cos), a.sin = at<float>(sin);
-            for (size_t i = 0; i < 3; ++i) a.cache.strides[i] = cache_strides[i];
+            for (size_t i = 0; i < 3; ++i)
+              a.cache.strides[i] = cache_strides[i], a.cache.scale_strides[i] = scale_strides[i];
+            a.cache.kv_dtype = kv_dtype;
             a.cache.page_table = at<int64_t>(page_table);
             a.cache.page_columns = page_columns, a.cache.page_length = page_length;
-            plan.forward(a, keys, values);
+            plan.forward(a, buffers);
           },
           py::kw_only(), py::arg("ids"), py::arg("logits"), py::arg("batch"), py::arg("tokens"), py::arg("start"),
           py::arg("end"), py::arg("starts"), py::arg("positions"), py::arg("kv_lengths"), py::arg("last"),
-          py::arg("cos"), py::arg("sin"), py::arg("keys"), py::arg("values"), py::arg("cache_strides"),
-          py::arg("page_table"), py::arg("page_columns"), py::arg("page_length"), "csrc/ops.h, DecoderForward.");
+          py::arg("cos"), py::arg("sin"), py::arg("buffers"), py::arg("kv_dtype"), py::arg("cache_strides"),
+          py::arg("scale_strides"), py::arg("page_table"), py::arg("page_columns"), py::arg("page_length"),
+          "csrc/ops.h, DecoderForward.");
 }
 
 }  // namespace llmcore

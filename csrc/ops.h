@@ -473,7 +473,10 @@ struct DecoderWeights {
 struct DecoderCache {
   void* const* keys;
   void* const* values;
-  int64_t strides[3];
+  float* const* key_scales;  // of each layer, with int8; by scale_strides
+  float* const* value_scales;
+  int64_t strides[3], scale_strides[3];
+  KvDtype kv_dtype;  // `same` unless the activations are float32
   const int64_t* page_table;
   int64_t page_columns, page_length;
 };

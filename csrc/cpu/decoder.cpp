@@ -175,13 +175,18 @@ class Pass {
       if (!turn(projected)) return false;
       qk = {values(qk_), {heads * a_.T * D, a_.T * D, D}};
     }
-    store(layer, qk, projected);
+    if (!store(layer, qk, projected)) return false;
 
     AttentionForward f{};
     AttentionProblem& p = f.problem;
     p.q = qk.data, p.k = a_.cache.keys[layer], p.v = a_.cache.values[layer];
     p.B = a_.B, p.H = w_.heads, p.G = w_.kv_heads, p.T = a_.T, p.D = D, p.Dv = D;
     for (int i = 0; i < 3; ++i) p.q_strides[i] = qk.strides[i], p.k_strides[i] = p.v_strides[i] = a_.cache.strides[i];
+    p.kv_dtype = a_.cache.kv_dtype;
+    if (p.kv_dtype == KvDtype::int8) {
+      p.k_scale = a_.cache.key_scales[layer], p.v_scale = a_.cache.value_scales[layer];
+      for (int i = 0; i < 3; ++i) p.k_scale_strides[i] = p.v_scale_strides[i] = a_.cache.scale_strides[i];
+    }
     p.page_table = a_.cache.page_table, p.page_columns = a_.cache.page_columns, p.page_length = a_.cache.page_length;
     p.S = p.page_table == nullptr ? a_.end : p.page_columns * p.page_length;
     p.dtype = w_.dtype;
@@ -211,29 +216,61 @@ class Pass {
   }
 
   // The new tokens' keys and values into the cache; what pads a sequence has no place there.
-  void store(int64_t layer, const Heads& qk, const Heads& projected) const {
-    const int64_t D = w_.head_width;
-    T* keys = static_cast<T*>(a_.cache.keys[layer]);
-    T* stored = static_cast<T*>(a_.cache.values[layer]);
-    parallel_for(tokens_, 16384 / (w_.kv_heads * D) + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / a_.T, t = i % a_.T, slot = start_of(b) + t;
-        if (slot >= keys_of(b)) continue;
-        for (int64_t g = 0; g < w_.kv_heads; ++g) {
-          const int64_t at = place(b, g, slot);
-          std::memcpy(keys + at, qk.row(b, w_.heads + g, t), size_t(D) * sizeof(T));
-          std::memcpy(stored + at, projected.row(b, w_.heads + w_.kv_heads + g, t), size_t(D) * sizeof(T));
+  bool store(int64_t layer, const Heads& qk, const Heads& projected) const {
+    const DecoderCache& c = a_.cache;
+    const bool has_scales = c.kv_dtype == KvDtype::int8;
+    for (int64_t b = 0; b < a_.B; ++b) {
+      const int64_t begin = start_of(b), length = keys_of(b) - begin, end = begin + (length < a_.T ? length : a_.T);
+      for (int64_t slot = begin, run; slot < end; slot += run) {
+        run = c.page_table == nullptr ? end - slot : c.page_length - slot % c.page_length;
+        if (run > end - slot) run = end - slot;
+        const T* keys = qk.row(b, w_.heads, slot - begin);
+        const T* values = projected.row(b, w_.heads + w_.kv_heads, slot - begin);
+        float* key_scales = has_scales ? c.key_scales[layer] : nullptr;
+        float* value_scales = has_scales ? c.value_scales[layer] : nullptr;
+        if (!store_run(keys, qk.strides, c.keys[layer], key_scales, b, slot, run)) return false;
+        if (!store_run(values, projected.strides, c.values[layer], value_scales, b, slot, run)) return false;
+      }
+    }
+    return true;
+  }
+
+  // `count` neighbours of sequence b, from the slot on, into a layer's buffer.
+  bool store_run(const T* rows, const int64_t (&strides)[3], void* buffer, float* scales, int64_t b, int64_t slot,
+                 int64_t count) const {
+    const DecoderCache& c = a_.cache;
+    const int64_t G = w_.kv_heads, D = w_.head_width;
+    if constexpr (std::is_same_v<T, float>) {
+      if (c.kv_dtype != KvDtype::same) {
+        StoreRows s{};
+        s.x = rows, s.B = 1, s.G = G, s.T = count, s.D = D, s.kv_dtype = c.kv_dtype;
+        const int64_t bytes = c.kv_dtype == KvDtype::int8 ? 1 : 2;
+        s.y = static_cast<char*>(buffer) + place(c.strides, b, slot) * bytes;
+        if (scales != nullptr) s.scale = scales + place(c.scale_strides, b, slot);
+        for (int i = 0; i < 3; ++i) {
+          s.x_strides[i] = strides[i], s.y_strides[i] = c.strides[i], s.scale_strides[i] = c.scale_strides[i];
+        }
+        return store_rows(s);
+      }
+    }
+    T* to = static_cast<T*>(buffer) + place(c.strides, b, slot);
+    parallel_for(count, 16384 / (G * D) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t g = 0; g < G; ++g) {
+        for (int64_t i = begin; i < end; ++i) {
+          std::memcpy(to + g * c.strides[1] + i * c.strides[2], rows + g * strides[1] + i * strides[2],
+                      size_t(D) * sizeof(T));
         }
       }
     });
+    return true;
   }
 
-  // Where the key of a slot lies in a layer's buffer.
-  int64_t place(int64_t b, int64_t g, int64_t slot) const {
+  // Where the first head's row of a slot lies in a layer's buffer.
+  int64_t place(const int64_t (&strides)[3], int64_t b, int64_t slot) const {
     const DecoderCache& c = a_.cache;
-    if (c.page_table == nullptr) return b * c.strides[0] + g * c.strides[1] + slot * c.strides[2];
+    if (c.page_table == nullptr) return b * strides[0] + slot * strides[2];
     const int64_t page = c.page_table[b * c.page_columns + slot / c.page_length];
-    return page * c.strides[0] + g * c.strides[1] + slot % c.page_length * c.strides[2];
+    return page * strides[0] + slot % c.page_length * strides[2];
   }
 
   int64_t* same_lengths() const {

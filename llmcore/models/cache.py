@@ -62,7 +62,7 @@ class KVCache(Cache):
                 _write(scales, scale, span)
 
     def attend(self, layer: int, q: Tensor, span: Span) -> Tensor:
-        k, v = self.buffers.decoded(layer, q.dtype, lambda tensor: tensor[:, :, : span.end])
+        k, v, scales = self.buffers.read(layer, q.dtype, lambda tensor: tensor[:, :, : span.end])
         return ops.attention(
             q,
             k,
@@ -71,6 +71,7 @@ class KVCache(Cache):
             window=self.config.attention_window,
             kv_lengths=span.kv_lengths,
             q_offset=span.q_offset,
+            **scales,
         )
 
     def select(self, rows: Tensor) -> None:

@@ -1,20 +1,21 @@
 """Where a cache's keys and values lie, one buffer of each for every layer, and the form they have.
 
 As the model computes them (dtype None), rounded to bfloat16 ("bf16": half of float32's memory), or
-as int8 ("int8": a quarter), each vector of a token and head with a float32 scale of its own:
-    scale = max |x| / 127        stored = round(x / scale)        read = stored * scale
+as int8 ("int8": a quarter), each vector of a token and head with a float32 scale of its own, as
+ops/quantize_rows.py says. Attention reads either beside float32 queries.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from llmcore.ops.quantize_rows import quantize_rows
+
 StoredDtype = Literal["bf16", "int8"]
 STORED: dict[str | None, torch.dtype] = {"bf16": torch.bfloat16, "int8": torch.int8}
-INT8_MAX = 127
 
 
 @dataclass
@@ -58,15 +59,22 @@ class Buffers:
         for tensors, scales in ((self.keys, self.key_scales), (self.values, self.value_scales)):
             yield tensors[layer], scales[layer] if scales else None
 
-    def decoded(
+    def read(
         self, layer: int, dtype: torch.dtype, seen: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer as numbers of `dtype`, of each buffer what `seen` gives."""
-        keys, values = (
-            decode(seen(stored), None if scale is None else seen(scale), dtype)
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Keys and values of one layer for queries of `dtype`, and the scales that attention takes
+        beside them; of each buffer what `seen` gives. Queries that are not float32 get them
+        decoded."""
+        parts = [
+            (seen(stored), None if scale is None else seen(scale))
             for stored, scale in self.layer(layer)
-        )
-        return keys, values
+        ]
+        (k, k_scale), (v, v_scale) = parts
+        if dtype == torch.float32 and k_scale is not None and v_scale is not None:
+            return k, v, {"k_scale": k_scale, "v_scale": v_scale}
+        if dtype == torch.float32 or k.dtype == dtype:
+            return k, v, {}
+        return decode(k, k_scale, dtype), decode(v, v_scale, dtype), {}
 
     @property
     def nbytes(self) -> int:
@@ -88,11 +96,7 @@ def encode(x: Tensor, dtype: StoredDtype | None) -> tuple[Tensor, Tensor | None]
         return x, None
     if dtype == "bf16":
         return x.to(torch.bfloat16), None
-    scale = x.abs().amax(dim=-1).float() / INT8_MAX
-    # A scale of 0 has nothing but zeros to divide.
-    steps = x.float() / torch.where(scale == 0.0, 1.0, scale)[..., None]
-    whole = steps.nan_to_num(0.0).round().clamp(-INT8_MAX, INT8_MAX)
-    return whole.to(torch.int8), scale
+    return quantize_rows(x)
 
 
 def decode(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -116,11 +116,8 @@ class PagedKVCache(Cache):
             "kv_lengths": span.kv_lengths,
             "q_offset": span.q_offset,
         }
-        if self.dtype is None:
-            k, v = self.keys[layer], self.values[layer]
-            return ops.paged_attention(q, k, v, span.table, **options)
-        k, v = self.buffers.decoded(layer, q.dtype, lambda pool: _side_by_side(pool[span.table]))
-        return ops.attention(q, k, v, **options)
+        k, v, scales = self.buffers.read(layer, q.dtype, lambda pool: pool)
+        return ops.paged_attention(q, k, v, span.table, **options, **scales)
 
     def truncate(self, lengths: Sequence[int] | Tensor) -> None:
         super().truncate(lengths)

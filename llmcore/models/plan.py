@@ -24,6 +24,7 @@ from llmcore.models.block import (
     rotations,
 )
 from llmcore.models.cache_base import Cache
+from llmcore.models.kv_buffers import Buffers
 from llmcore.ops.packed_weight import PackedWeight
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Plan:
     @classmethod
     def of(cls, model: Decoder, cache: Cache) -> Plan | None:
         """The plan of this pass, kept with the cache; None when `refuses` has a reason."""
-        if refuses_call() or cache.dtype is not None:
+        if refuses_call() or refuses_cache(model, cache):
             return None
         backend = dispatch.forced or "cpu"
         plan = cache.plan
@@ -112,9 +113,10 @@ class Plan:
             last=_address(last),
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
-            keys=[buffer.data_ptr() for buffer in cache.keys],
-            values=[buffer.data_ptr() for buffer in cache.values],
+            buffers=_addresses(cache.buffers),
+            kv_dtype=_kv_dtype(cache),
             cache_strides=cache.keys[0].stride()[:3],
+            scale_strides=scales[0].stride() if (scales := cache.buffers.key_scales) else (0, 0, 0),
             page_table=_address(table),
             page_columns=0 if table is None else table.shape[1],
             page_length=getattr(cache, "page_length", 0),
@@ -190,6 +192,14 @@ def refuses_call() -> list[str]:
     return reasons
 
 
+def refuses_cache(model: Decoder, cache: Cache) -> list[str]:
+    """Why passes over this cache go module by module; empty when they need not."""
+    dtype = model.norm.weight.dtype
+    if cache.dtype is not None and dtype != torch.float32:
+        return [f"a cache in {cache.dtype} beside activations in {dtype}: float32 is needed"]
+    return []
+
+
 def refuses_model(model: Decoder) -> list[str]:
     """Why this model's passes go module by module; empty when they need not."""
     reasons = []
@@ -223,3 +233,14 @@ def _dtype(dtype: torch.dtype) -> Any:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _addresses(buffers: Buffers) -> list[list[int]]:
+    lists = (buffers.keys, buffers.values, buffers.key_scales, buffers.value_scales)
+    return [[tensor.data_ptr() for tensor in tensors] for tensors in lists]
+
+
+def _kv_dtype(cache: Cache) -> Any:
+    assert native.module is not None
+    names = {None: "same", "bf16": "bfloat16", "int8": "int8"}
+    return getattr(native.module.KvDtype, names[cache.dtype])

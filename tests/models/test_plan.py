@@ -9,7 +9,7 @@ import llmcore
 from llmcore import device, dispatch
 from llmcore.models import KVCache, PagedKVCache
 from llmcore.models.packed import pack_weights
-from llmcore.models.plan import Plan, refuses_call, refuses_model
+from llmcore.models.plan import Plan, refuses_cache, refuses_call, refuses_model
 
 pytestmark = pytest.mark.skipif(
     llmcore.native.module is None, reason=f"the native kernels: {llmcore.native.why_not}"
@@ -81,6 +81,12 @@ def test_plan_over_other_caches(tiny_decoder, monkeypatch, positions):
     model = tiny_decoder(positions=positions)
     assert_same_bits(model, monkeypatch, capacity=4)
     assert_same_bits(model, monkeypatch, kind=PagedKVCache, page_length=4)
+    for dtype in ("bf16", "int8"):
+        assert_same_bits(model, monkeypatch, dtype=dtype)
+        assert_same_bits(model, monkeypatch, kind=PagedKVCache, page_length=4, dtype=dtype)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    assert refuses_cache(model, KVCache(model.config, 1, dtype="int8")) == []
+    assert refuses_cache(half, KVCache(model.config, 1, dtype="int8"))
 
 
 def test_plan_with_a_window(tiny_decoder, monkeypatch):
