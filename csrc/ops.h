@@ -274,6 +274,10 @@ struct LinearCrossEntropyBackward {
 
 constexpr int64_t NO_OFFSET = INT64_MIN;
 
+// What keys and values are kept in beside queries: their dtype, or in fewer bits beside float32 ones. A row of int8
+// stands for its integers times one float32, its scale.
+enum class KvDtype : int32_t { same, bfloat16, int8 };
+
 // Scores of attention, shared by both passes. Query head h reads key/value head h / (H / G). The last axis of q, k, v
 // is contiguous; the strides are those of (batch, head, position).
 struct AttentionProblem {
@@ -283,6 +287,10 @@ struct AttentionProblem {
   int64_t B, H, G, T, S, D, Dv;
   int64_t q_strides[3], k_strides[3], v_strides[3];
   Dtype dtype;
+  KvDtype kv_dtype;      // `same` in the backward pass
+  const float* k_scale;  // with int8 (B, G, S), in pages (pages, G, page_length); else null
+  const float* v_scale;
+  int64_t k_scale_strides[3], v_scale_strides[3];
 
   const void* mask;  // broadcast to (B, H, T, S) by its strides, or null; bytes when mask_is_bool, else mask_dtype
   int64_t mask_strides[4];
@@ -335,6 +343,18 @@ struct AttentionBackward {
   float* dmask;
   int64_t dmask_strides[4];
   int64_t out_strides[3], dout_strides[3], dq_strides[3], dk_strides[3], dv_strides[3];
+};
+
+// Rows of a cache of keys or values: y = x in kv_dtype (`same` is float32), to nearest, ties to even. In int8 a row is
+// divided by its scale first, max|x| / 127; one of zeros has the scale 0, one with inf or NaN the scale NaN, and zeros.
+// x and y (B, G, T, D), scale (B, G, T) or null, by strides of (batch, head, position), the last axis contiguous.
+struct StoreRows {
+  const float* x;
+  void* y;
+  float* scale;
+  int64_t B, G, T, D;
+  int64_t x_strides[3], y_strides[3], scale_strides[3];
+  KvDtype kv_dtype;
 };
 
 // Not ops, but the limits of this machine that the benchmarks divide by; each keeps every thread busy.
@@ -505,6 +525,7 @@ struct DecoderForward {
   X(linear_cross_entropy_backward, LinearCrossEntropyBackward) \
   X(attention_forward, AttentionForward)                       \
   X(attention_backward, AttentionBackward)                     \
+  X(store_rows, StoreRows)                                     \
   X(decoder_forward, DecoderForward)                           \
   X(roofline_fma, RooflineChains)                              \
   X(roofline_bf16_pairs, RooflineChains)                       \

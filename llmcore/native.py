@@ -71,7 +71,9 @@ def bind(name: str, level: int) -> Callable[..., Any]:
     return functools.partial(op(name), level)
 
 
-def refuses_tensors(*tensors: torch.Tensor | None) -> list[str]:
+def refuses_tensors(
+    *tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> list[str]:
     """Why the CPU kernels can't take these tensors; a None stands for an absent option."""
     reasons = []
     for tensor in tensors:
@@ -79,8 +81,10 @@ def refuses_tensors(*tensors: torch.Tensor | None) -> list[str]:
             continue
         if tensor.device.type != "cpu":
             reasons.append(f"a tensor on {tensor.device.type}: these kernels run on the CPU")
-        if tensor.dtype not in DTYPES:
-            reasons.append(f"{tensor.dtype}: the native kernels take float32, bfloat16 and float16")
+        if tensor.dtype not in dtypes:
+            *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+            names_of_all = f"{', '.join(names)} and {last}"
+            reasons.append(f"{tensor.dtype}: the native kernels take {names_of_all}")
         if tensor.layout != torch.strided:
             reasons.append(f"layout {tensor.layout}: the native kernels take strided tensors")
     return list(dict.fromkeys(reasons))

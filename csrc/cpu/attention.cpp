@@ -37,7 +37,8 @@ QueryBlock query_block(const Sequence& s, int64_t g, int64_t first) {
 // How K and V reach the tiles.
 enum class Packing { none, of_block, of_head, of_all };
 
-template <class T>
+// Queries and results of Q, keys and values of K.
+template <class Q, class K>
 class Forward {
  public:
   explicit Forward(const AttentionForward& a) : a_(a), p_(a.problem) {
@@ -57,7 +58,7 @@ class Forward {
     chunks_ = (keys + KEY_CHUNK - 1) / KEY_CHUNK;
     // Below about 64k multiply-adds a second thread costs more than it saves.
     is_small_ = p_.B * p_.H * queries * keys * (p_.D + p_.Dv) < 65536;
-    const bool whole_vectors = p_.D % (LANES * WORD<T>) == 0 && p_.Dv % LANES == 0;
+    const bool whole_vectors = p_.D % (VECTOR_WORDS<K> * WORD<K>) == 0 && p_.Dv % (COLUMN_VECTORS<K> * LANES) == 0;
     if (query_blocks_ <= 1) {
       packing_ = rows <= 2 * TILE_ROWS && whole_vectors ? Packing::none : Packing::of_block;
     } else {
@@ -78,11 +79,11 @@ class Forward {
   struct Workspace {
     explicit Workspace(const Forward& f)
         : partial_size(Partial::size(f.p_, f.rows_)),
-          memory(f.rows_ * padded(words<T>(f.p_.D)) + TILE_ROWS * KEY_BLOCK + 2 * partial_size + f.block_space() +
+          memory(f.rows_ * padded(words<K>(f.p_.D)) + TILE_ROWS * KEY_BLOCK + 2 * partial_size + f.block_space() +
                  f.head_space()) {
       if (!memory.ok()) return;
       queries = memory.data();
-      tile.scores = queries + f.rows_ * padded(words<T>(f.p_.D));
+      tile.scores = queries + f.rows_ * padded(words<K>(f.p_.D));
       partials = tile.scores + TILE_ROWS * KEY_BLOCK;
       block = partials + 2 * partial_size;
       tile.values = block;
@@ -94,9 +95,9 @@ class Forward {
     TileSpace tile;
   };
 
-  int64_t keys_size() const { return KEY_BLOCK * words<T>(p_.D); }
-  int64_t values_size() const { return KEY_BLOCK / WORD<T> * padded(p_.Dv); }
-  int64_t packed_size() const { return keys_size() + values_size() + LANES; }
+  int64_t keys_size() const { return KEY_BLOCK * words<K>(p_.D); }
+  int64_t values_size() const { return KEY_BLOCK / WORD<K> * padded(p_.Dv); }
+  int64_t packed_size() const { return keys_size() + values_size() + BlockScales<K>::FLOATS + LANES; }
   int64_t block_space() const {
     if (packing_ == Packing::none) return TILE_ROWS * padded(p_.Dv) + values_size();
     return packing_ == Packing::of_block ? packed_size() : 0;
@@ -123,23 +124,28 @@ class Forward {
     return intersect({block * KEY_BLOCK, (block + 1) * KEY_BLOCK}, {0, s.keys});
   }
 
-  // One block of keys, packed: K, V and whether V is finite.
+  // One block of keys, packed: K, V, their scales and whether V is finite.
   void pack(const Sequence& s, int64_t g, int64_t block, float* at) const {
-    const BlockRows<T> rows(s, g, block_range(s, block));
+    const BlockRows<K> rows(s, g, block_range(s, block));
     float* values = at + keys_size();
+    float* scales = values + values_size();
     pack_keys(rows.keys, rows.count, p_.D, at);
-    values[values_size()] = pack_values(rows.values, rows.count, p_.Dv, values) ? 1.0f : 0.0f;
+    const bool finite = pack_values(rows.values, rows.count, p_.Dv, values) && rows.scales.finite(rows.count);
+    std::memcpy(scales, &rows.scales, BlockScales<K>::FLOATS * sizeof(float));
+    scales[BlockScales<K>::FLOATS] = finite ? 1.0f : 0.0f;
   }
-  KeyBlock<T> packed(const float* at) const {
+  KeyBlock<K> packed(const float* at) const {
     const float* values = at + keys_size();
-    return {nullptr, at, values, values[values_size()] != 0.0f};
+    const float* scales = values + values_size();
+    return {nullptr, at, values, scales[BlockScales<K>::FLOATS] != 0.0f,
+            reinterpret_cast<const BlockScales<K>*>(scales)};
   }
 
   void load_queries(const Task& t, float* queries) const {
     for (int64_t r = 0; r < t.block.count; ++r) {
       const ScoreRow& row = t.block.rows[r];
-      const T* q = t.sequence.query_row(static_cast<const T*>(p_.q), p_.q_strides, row.h, row.t);
-      copy_words(q, p_.D, query_scale(p_), queries + r * padded(words<T>(p_.D)));
+      const Q* q = t.sequence.query_row(static_cast<const Q*>(p_.q), p_.q_strides, row.h, row.t);
+      copy_words(q, p_.D, query_scale(p_), queries + r * padded(words<K>(p_.D)));
     }
   }
 
@@ -150,10 +156,10 @@ class Forward {
     float sums[QUERY_BLOCK * LANES] = {};
     const KeyRange keys = intersect(t.block.keys, {chunk * KEY_CHUNK, (chunk + 1) * KEY_CHUNK});
     for (int64_t block = keys.begin / KEY_BLOCK; block * KEY_BLOCK < keys.end; ++block) {
-      const auto attend = [&](const KeyBlock<T>& b) { attend_block(t, b, block, w, sums, into); };
+      const auto attend = [&](const KeyBlock<K>& b) { attend_block(t, b, block, w, sums, into); };
       if (packing_ == Packing::none) {
-        const BlockRows<T> rows(t.sequence, t.g, block_range(t.sequence, block));
-        attend({&rows, nullptr, nullptr, true});
+        const BlockRows<K> rows(t.sequence, t.g, block_range(t.sequence, block));
+        attend({&rows, nullptr, nullptr, rows.scales.finite(rows.count), &rows.scales});
       } else if (packing_ == Packing::of_block) {
         pack(t.sequence, t.g, block, w.block);
         attend(packed(w.block));
@@ -168,15 +174,15 @@ class Forward {
     }
   }
 
-  void attend_block(const Task& t, const KeyBlock<T>& block, int64_t index, Workspace& w, float* sums,
+  void attend_block(const Task& t, const KeyBlock<K>& block, int64_t index, Workspace& w, float* sums,
                     Partial& into) const {
     for (int64_t r = 0; r < t.block.count; r += TILE_ROWS) {
       const int64_t count = t.block.count - r < TILE_ROWS ? t.block.count - r : TILE_ROWS;
-      RowTile<T> tile{t.sequence,
+      RowTile<K> tile{t.sequence,
                       t.g,
                       t.block.rows + r,
                       count,
-                      w.queries + r * padded(words<T>(p_.D)),
+                      w.queries + r * padded(words<K>(p_.D)),
                       into.highest + r,
                       sums + r * LANES,
                       into.values + r * padded(p_.Dv),
@@ -191,7 +197,7 @@ class Forward {
       const ScoreRow& row = t.block.rows[r];
       if (p_.sinks != nullptr) add_sink(state, r, p_.sinks[row.h] * LOG2E);
       const float sum = state.sum[r], scale = sum == 0.0f ? 0.0f : 1.0f / sum;
-      T* out = t.sequence.query_row(static_cast<T*>(a_.out), a_.out_strides, row.h, row.t);
+      Q* out = t.sequence.query_row(static_cast<Q*>(a_.out), a_.out_strides, row.h, row.t);
       map_row(out, p_.Dv, [=](vec v) { return v * scale; }, state.values + r * width);
       const double lse = state.highest[r] / LOG2E_EXACT + std::log(double(sum));
       a_.lse[t.sequence.statistic(row.h, row.t)] = sum == 0.0f ? -INFINITY : float(lse);
@@ -304,9 +310,13 @@ class Forward {
 
 }  // namespace
 
+// 3 dtypes + float32 queries beside 2 others = 5 builds.
 bool attention_forward(const AttentionForward& a) {
   if (a.problem.B * a.problem.H * a.problem.T == 0) return true;
-  return with_dtype(a.problem.dtype, [&](auto t) { return Forward<decltype(t)>(a).run(); });
+  const AttentionProblem& p = a.problem;
+  if (p.kv_dtype == KvDtype::int8) return Forward<float, int8_t>(a).run();
+  if (p.kv_dtype == KvDtype::bfloat16) return Forward<float, lone_bfloat16>(a).run();
+  return with_dtype(p.dtype, [&](auto t) { return Forward<decltype(t), decltype(t)>(a).run(); });
 }
 
 }  // namespace llmcore::LLMCORE_LEVEL

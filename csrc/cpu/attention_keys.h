@@ -30,6 +30,9 @@ template <class T>
 constexpr int64_t WORD = ProductsOf<T>::VALUES;  // elements in a word
 template <class T>
 constexpr bool IN_PAIRS = WORD<T> == 2;
+// Integers, each row of which has a scale. Scores and weights are multiplied by it, and the rows stay as they are.
+template <class T>
+constexpr bool HAS_SCALES = std::is_same_v<T, int8_t>;
 
 INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 INLINE int64_t padded(int64_t width) { return round_up(width, LANES); }
@@ -107,9 +110,49 @@ struct Sequence {
     return row_at(base, strides, page, g, j % problem.page_length);
   }
 
+  // body(key, count) for each run of keys one stride apart.
+  template <class F>
+  void for_key_runs(KeyRange range, const F& body) const {
+    for (int64_t key = range.begin, run; key < range.end; key += run) {
+      run = problem.page_table == nullptr ? range.end : problem.page_length - key % problem.page_length;
+      if (run > range.end - key) run = range.end - key;
+      body(key, run);
+    }
+  }
+
   static constexpr int64_t FAR = int64_t{1} << 60;
   const AttentionProblem& problem;
   int64_t index, batch, queries, keys, first_query, first_key, offset;
+};
+
+// The scales of the rows of a block of keys.
+template <class T>
+struct BlockScales {
+  static constexpr int64_t FLOATS = 0;
+  void set(const Sequence&, int64_t, KeyRange) {}
+  bool finite(int64_t) const { return true; }
+  float of_value(int64_t) const { return 1.0f; }
+};
+template <>
+struct BlockScales<int8_t> {
+  static constexpr int64_t FLOATS = 2 * KEY_BLOCK;
+  void set(const Sequence& s, int64_t g, KeyRange block) {
+    const AttentionProblem& p = s.problem;
+    const int64_t count = block.end - block.begin;
+    s.for_key_runs(block, [&](int64_t key, int64_t run) {
+      const float* k = s.key_row(p.k_scale, p.k_scale_strides, g, key);
+      const float* v = s.key_row(p.v_scale, p.v_scale_strides, g, key);
+      for (int64_t i = 0, j = key - block.begin; i < run; ++i, ++j) {
+        keys[j] = k[i * p.k_scale_strides[2]], values[j] = v[i * p.v_scale_strides[2]];
+      }
+    });
+    for (int64_t j = count; j < round_up(count, LANES); ++j) keys[j] = values[j] = 0.0f;
+  }
+  bool finite(int64_t count) const {
+    return sum_over_row(count, [](vec v) { return v - v; }, values) == 0.0f;
+  }
+  float of_value(int64_t j) const { return values[j]; }
+  float keys[KEY_BLOCK], values[KEY_BLOCK];
 };
 
 // Where the rows of a block of keys lie in K and V, and of some behind it, to be fetched early. At a sequence's end the
@@ -119,20 +162,20 @@ struct BlockRows {
   BlockRows(const Sequence& s, int64_t g, KeyRange block) : count(block.end - block.begin) {
     const AttentionProblem& p = s.problem;
     const int64_t located = intersect({block.begin, block.end + AHEAD}, {0, s.keys}).end - block.begin;
-    for (int64_t j = 0, run; j < located; j += run) {
-      const int64_t key = block.begin + j;
-      run = p.page_table == nullptr ? located : p.page_length - key % p.page_length;
-      if (run > located - j) run = located - j;
+    s.for_key_runs({block.begin, block.begin + located}, [&](int64_t key, int64_t run) {
+      const int64_t j = key - block.begin;
       const T* k = s.key_row(static_cast<const T*>(p.k), p.k_strides, g, key);
       const T* v = s.key_row(static_cast<const T*>(p.v), p.v_strides, g, key);
       for (int64_t i = 0; i < run; ++i) keys[j + i] = k + i * p.k_strides[2];
       for (int64_t i = 0; i < run; ++i) values[j + i] = v + i * p.v_strides[2];
-    }
+    });
     for (int64_t j = located; j < round_up(count, PANEL) + AHEAD; ++j) {
       keys[j] = keys[located - 1], values[j] = values[located - 1];
     }
+    scales.set(s, g, block);
   }
   int64_t count;
+  BlockScales<T> scales;
   const T* keys[KEY_BLOCK + AHEAD];
   const T* values[KEY_BLOCK + AHEAD];
 };
@@ -160,18 +203,44 @@ INLINE vec load_words(const T* from, int64_t left) {
   return v;
 }
 
-// Fetches the rows from `rows` on in memory's order, a vector of words at a time: for loads that take a line of each
-// row in turn, which no hardware foresees.
-template <class T>
+// Fetches the rows of `width` from `rows` on in memory's order, STEP elements at a time: for loads that take as much of
+// each row in turn, which no hardware foresees.
+template <int64_t STEP, class T>
 struct EarlyFetch {
   const T* const* rows;
-  int64_t row_words, word = 0;
+  int64_t width, at = 0;
   INLINE void next() {
-    __builtin_prefetch(*rows + word * WORD<T>);
-    word += LANES;
-    if (word >= row_words) word = 0, ++rows;
+    __builtin_prefetch(*rows + at);
+    at += STEP;
+    if (at >= width) at = 0, ++rows;
   }
 };
+
+// Elements narrower than a word, in 32 bits as they lie in memory: those of LANES keys change places as one, and are
+// taken apart afterwards.
+template <class T>
+constexpr int PARTS = 1;
+template <>
+constexpr int PARTS<lone_bfloat16> = 2;
+template <>
+constexpr int PARTS<int8_t> = 4;
+
+template <class T>
+INLINE vec load_parts(const T* from) {
+  if constexpr (PARTS<T> > 1) return load(reinterpret_cast<const float*>(from));
+  return load_words(from);
+}
+template <int PART, class T>
+INLINE vec part_of(vec parts, T) {
+  const uvec above = bits_of<uvec>(parts) << (32 - (PART + 1) * (32 / PARTS<T>));
+  if constexpr (PARTS<T> == 1) {
+    return parts;
+  } else if constexpr (PARTS<T> == 2) {
+    return bits_of<vec>(above & 0xffff0000u);
+  } else {
+    return __builtin_convertvector(bits_of<ivec>(above) >> 24, vec);
+  }
+}
 
 // packed[panel][word][PANEL] = K^T of `count` keys, whole panels. `width` elements of each key.
 template <class T>
@@ -179,7 +248,7 @@ void pack_keys(const T* const* keys, int64_t count, int64_t width, float* packed
   const int64_t row_words = words<T>(width);
   for (int64_t j = 0; j < round_up(count, PANEL); j += LANES) {
     float* panel = packed + j / PANEL * PANEL * row_words + j % PANEL;
-    EarlyFetch<T> later{keys + j + AHEAD, row_words};
+    EarlyFetch<LANES * WORD<T>, T> later{keys + j + AHEAD, width};
     for (int64_t w = 0; w < row_words; w += LANES) {
       const int64_t n = row_words - w < LANES ? row_words - w : LANES;
       vec tile[LANES];
@@ -260,38 +329,57 @@ INLINE void multiply_packed(const float* rows, int64_t count, const float* packe
   }
 }
 
-// The same from K as it lies in memory, for R rows and a width of whole vectors of words: LANES keys are transposed in
+// sums[r] += the products of a word of each of R rows of Q with that word of LANES keys.
+template <class T, int R>
+INLINE void add_products(vec (&sums)[R], const float* rows, int64_t row_words, vec keys) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) sums[r] = ProductsOf<T>::add(sums[r], broadcast(rows[r * row_words]), keys);
+}
+template <class T, int R, int... PART>
+INLINE void add_parts(vec (&sums)[R], const float* rows, int64_t row_words, vec parts,
+                      std::integer_sequence<int, PART...>) {
+  (add_products<T>(sums, rows + PART, row_words, part_of<PART>(parts, T{})), ...);
+}
+
+template <class T>
+constexpr int64_t VECTOR_WORDS = LANES * PARTS<T>;  // that a vector of a row's memory holds
+
+// The same from K as it lies in memory, for R rows and a width of whole vectors of memory: LANES keys are transposed in
 // registers and used once, and V is fetched for the product to come. The sums' order is that of the tiles.
 template <int R, class T>
 [[gnu::noinline]] void multiply_rows(const float* rows, const BlockRows<T>& block, int64_t row_words,
                                      int64_t value_words, int64_t begin, int64_t end, float* scores) {
+  constexpr int64_t STEP = VECTOR_WORDS<T> * WORD<T>;
   for (int64_t j = begin; j < end; j += LANES) {
     vec total[R] = {}, sum[R] = {};
-    EarlyFetch<T> later{block.keys + j + AHEAD, row_words}, values{block.values + j, value_words};
-    for (int64_t w = 0; w < row_words; w += LANES) {
+    EarlyFetch<STEP, T> later{block.keys + j + AHEAD, row_words * WORD<T>};
+    EarlyFetch<STEP, T> values{block.values + j, value_words * WORD<T>};
+    for (int64_t w = 0; w < row_words; w += VECTOR_WORDS<T>) {
       vec tile[LANES];
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; ++i) {
-        tile[i] = load_words(block.keys[j + i] + w * WORD<T>);
+        tile[i] = load_parts(block.keys[j + i] + w * WORD<T>);
         later.next();
         values.next();
       }
       transpose(tile);
 #pragma GCC unroll 16
-      for (int i = 0; i < LANES; ++i)
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          sum[r] = ProductsOf<T>::add(sum[r], broadcast(rows[r * row_words + w + i]), tile[i]);
-        }
-      if ((w + LANES) % CHAIN != 0) continue;
+      for (int i = 0; i < LANES; ++i) {
+        add_parts<T>(sum, rows + w + i * PARTS<T>, row_words, tile[i], std::make_integer_sequence<int, PARTS<T>>());
+      }
+      if ((w + VECTOR_WORDS<T>) % CHAIN != 0) continue;
       for (int r = 0; r < R; ++r) total[r] += sum[r], sum[r] = vec{};
     }
     for (int r = 0; r < R; ++r) store(scores + r * KEY_BLOCK + j, total[r] + sum[r]);
   }
 }
-static_assert(CHAIN == INT64_MAX || CHAIN % LANES == 0);
+static_assert(CHAIN == INT64_MAX || CHAIN % (4 * LANES) == 0);
 
-// V as it lies in memory, for a width of whole vectors.
+// Bfloat16 columns are taken from memory two vectors at once, which is cheapest by even and odd ones.
+template <class T>
+constexpr int64_t COLUMN_VECTORS = std::is_base_of_v<bfloat16, T> ? 2 : 1;
+
+// V as it lies in memory, for a width of whole COLUMN_VECTORS; its columns are those of split_columns.
 template <class T>
 struct ValueRows {
   // Joining pairs takes registers.
@@ -299,14 +387,47 @@ struct ValueRows {
   const T* const* rows;
   int64_t column;
   INLINE vec at(int64_t k, int64_t d) const {
+    if constexpr (COLUMN_VECTORS<T> == 1) return load(rows[k] + column + d);
+    const bool odd = d / LANES % 2 != 0;
+    const int64_t first = column + d - (odd ? LANES : 0);
+    const auto bits = [&](int64_t row) __attribute__((always_inline)) {
+      return bits_of<uvec>(load(reinterpret_cast<const float*>(rows[row] + first)));
+    };
     if constexpr (IN_PAIRS<T>) {
-      return pair_words(load(rows[2 * k] + column + d), load(rows[2 * k + 1] + column + d));
+      const uvec a = bits(2 * k), b = bits(2 * k + 1);
+      return bits_of<vec>(odd ? a >> 16 | (b & 0xffff0000u) : (a & 0xffffu) | b << 16);
     } else {
-      return load(rows[k] + column + d);
+      return bits_of<vec>(odd ? bits(k) & 0xffff0000u : bits(k) << 16);
     }
   }
   INLINE ValueRows from(int64_t k, int64_t d) const { return {rows + k * WORD<T>, column + d}; }
 };
+
+// Rows of values with their columns as ValueRows has them, and back.
+template <class T>
+void split_columns(const float* rows, int64_t size, float* split) {
+  if constexpr (COLUMN_VECTORS<T> == 1) {
+    std::memcpy(split, rows, size_t(size) * sizeof(float));
+  } else {
+    for (int64_t i = 0; i < size; i += 2 * LANES) {
+      vec even, odd;
+      split_pairs(load(rows + i), load(rows + i + LANES), even, odd);
+      store(split + i, even, odd);
+    }
+  }
+}
+template <class T>
+void join_columns(const float* split, int64_t size, float* rows) {
+  if constexpr (COLUMN_VECTORS<T> == 1) {
+    std::memcpy(rows, split, size_t(size) * sizeof(float));
+  } else {
+    for (int64_t i = 0; i < size; i += 2 * LANES) {
+      vec a, b;
+      join_pairs(load(split + i), load(split + i + LANES), a, b);
+      store(rows + i, a, b);
+    }
+  }
+}
 
 // C (rows, width) += A (rows, depth) B (depth, width), C with rows of `width`, a multiple of LANES; depth in words.
 template <class Products, class B>

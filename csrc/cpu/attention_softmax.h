@@ -42,10 +42,11 @@ void merge(Partial& into, const Partial& from, int64_t rows, int64_t width) {
 }
 
 // 2^(scores * scale - highest) in place over whole vectors, added to `sums` lane by lane. With pairs and `rounded` as
-// bfloat16, from the middle of the scores' place in `row` on, as round_weights puts them.
+// bfloat16, from the middle of the scores' place in `row` on, as round_weights puts them. With scales of values times
+// those; the caller looks after what is not finite.
 template <class T>
 INLINE void exponentiate(float* row, int64_t begin, int64_t end, float scale, float highest, bool rounded,
-                         float* sums) {
+                         const BlockScales<T>* scales, float* sums) {
   vec sum = load(sums);
   for (int64_t j = begin; j < end; j += LANES) {
     const vec score = IN_PAIRS<T> ? load(row + j) * scale : load(row + j);
@@ -53,6 +54,8 @@ INLINE void exponentiate(float* row, int64_t begin, int64_t end, float scale, fl
     sum += e;
     if (IN_PAIRS<T> && rounded) {
       store_weights(reinterpret_cast<bfloat16*>(row) + j, e);
+    } else if constexpr (HAS_SCALES<T>) {
+      store(row + j, e * finite_or_zero(load(scales->values + j)));
     } else {
       store(row + j, e);
     }
@@ -63,10 +66,11 @@ INLINE void exponentiate(float* row, int64_t begin, int64_t end, float scale, fl
 // One block of keys as the tiles take it: in packed form, or the rows themselves.
 template <class T>
 struct KeyBlock {
-  const BlockRows<T>* rows;  // null: packed
-  const float* packed_keys;  // see pack_keys
-  const float* values;       // see pack_values
-  bool finite;               // all values are
+  const BlockRows<T>* rows;      // null: packed
+  const float* packed_keys;      // see pack_keys
+  const float* values;           // see pack_values
+  bool finite;                   // all values are
+  const BlockScales<T>* scales;  // where there are any
 };
 
 // Room for a tile's work.
@@ -93,6 +97,12 @@ struct RowTile {
     const int64_t first = keys.begin, begin = (seen.begin - first) / LANES * LANES;
     const int64_t end = round_up(seen.end - first, LANES);
     multiply_keys(block, begin, end);
+    if constexpr (HAS_SCALES<T>) {
+      for (int64_t r = 0; r < count; ++r) {
+        float* scores = space.scores + r * KEY_BLOCK + begin;
+        map_row(scores, end - begin, [](vec s, vec k) { return s * k; }, scores, block.scales->keys + begin);
+      }
+    }
     // One loop for each step, not one for all: the rows' chains of latencies overlap.
     float scales[TILE_ROWS], tops[TILE_ROWS];
     for (int64_t r = 0; r < count; ++r) {
@@ -107,7 +117,7 @@ struct RowTile {
       float* row = space.scores + r * KEY_BLOCK;
       // With nothing seen yet every score is -inf or NaN: minus 0, they become 0 and NaN.
       const float shift = highest[r] == -INFINITY ? 0.0f : highest[r];
-      exponentiate<T>(row, begin, end, scales[r], shift, !drops, sums + r * LANES);
+      exponentiate(row, begin, end, scales[r], shift, !drops, block.scales, sums + r * LANES);
       if (!drops) continue;
       drop_scores(sequence, rows[r], first + begin, row + begin, end - begin);
       if constexpr (IN_PAIRS<T>) round_weights(row, begin, end);
@@ -156,28 +166,35 @@ struct RowTile {
   void multiply_values(const KeyBlock<T>& block, KeyRange keys, KeyRange seen) {
     const int64_t width = padded(sequence.problem.Dv), size = count * width;
     if (block.rows == nullptr) {
-      multiply_values(MatrixRows{block.values, width}, seen);
+      multiply_values(MatrixRows{block.values, width}, seen, values);
       if (!block.finite) add_nonfinite(BlockRows<T>(sequence, g, keys), keys.begin, seen);
       return;
     }
-    std::memcpy(space.values, values, size_t(size) * sizeof(float));
-    multiply_values(ValueRows<T>{block.rows->values, 0}, seen);
-    vec nonfinite = {};
-    for (int64_t i = 0; i < size; i += LANES) nonfinite += load(values + i) - load(values + i);
-    if (sum_lanes(nonfinite) == 0.0f) return;
+    split_columns<T>(values, size, space.values);
+    multiply_values(ValueRows<T>{block.rows->values, 0}, seen, space.values);
+    if (HAS_SCALES<T> || are_finite(space.values, size)) {
+      join_columns<T>(space.values, size, values);
+      if (!block.finite) add_nonfinite(*block.rows, keys.begin, seen);
+      return;
+    }
     // Something that was multiplied is not finite, and not every row may see it: once more without that.
-    std::memcpy(values, space.values, size_t(size) * sizeof(float));
     float* packed = space.values + TILE_ROWS * width;
     pack_values(block.rows->values, block.rows->count, sequence.problem.Dv, packed);
-    multiply_values(MatrixRows{packed, width}, seen);
+    multiply_values(MatrixRows{packed, width}, seen, values);
     add_nonfinite(*block.rows, keys.begin, seen);
   }
 
   template <class B>
-  void multiply_values(const B& block_values, KeyRange seen) {
+  void multiply_values(const B& block_values, KeyRange seen, float* into) {
     const int64_t begin = seen.begin / WORD<T>;
-    accumulate_product<ProductsOf<T>>(count, {space.scores + begin, KEY_BLOCK, 1}, block_values.from(begin, 0), values,
+    accumulate_product<ProductsOf<T>>(count, {space.scores + begin, KEY_BLOCK, 1}, block_values.from(begin, 0), into,
                                       padded(sequence.problem.Dv), words<T>(seen.end) - begin);
+  }
+
+  static bool are_finite(const float* x, int64_t size) {
+    vec nonfinite = {};
+    for (int64_t i = 0; i < size; i += LANES) nonfinite += load(x + i) - load(x + i);
+    return sum_lanes(nonfinite) == 0.0f;
   }
 
   // NaN and inf of values: what a row may not see must not reach it, and what it sees counts even with a weight that
@@ -186,11 +203,16 @@ struct RowTile {
     const AttentionProblem& p = sequence.problem;
     for (int64_t j = seen.begin; j < seen.end; ++j) {
       const T* value = block.values[j];
-      if (sum_over_row(p.Dv, [](vec v) { return v - v; }, value) == 0.0f) continue;
+      const float scale = block.scales.of_value(j);
+      if (sum_over_row(p.Dv, [=](vec v) { return v * scale - v * scale; }, value) == 0.0f) continue;
       for (int64_t r = 0; r < count; ++r) {
         if (!visible(sequence, rows[r], first + j)) continue;
         float* into = values + r * padded(p.Dv);
-        map_row(into, p.Dv, [](vec a, vec v) { return v - v == vec{} ? a : a + v; }, into, value);
+        const auto add = [=](vec a, vec v) {
+          v *= scale;
+          return v - v == vec{} ? a : a + v;
+        };
+        map_row(into, p.Dv, add, into, value);
       }
     }
   }

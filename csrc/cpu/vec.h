@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -40,6 +41,7 @@ using vec = vector_of<float, LANES>::type;
 using ivec = vector_of<int32_t, LANES>::type;
 using uvec = vector_of<uint32_t, LANES>::type;
 using hvec = vector_of<uint16_t, LANES>::type;
+using cvec = vector_of<int8_t, LANES>::type;
 using hpair = vector_of<uint16_t, 2 * LANES>::type;
 
 struct bfloat16 {
@@ -48,6 +50,8 @@ struct bfloat16 {
 struct float16 {
   uint16_t bits;
 };
+// A bfloat16 that is multiplied by float32 values, never in pairs.
+struct lone_bfloat16 : bfloat16 {};
 
 template <class To, class From>
 INLINE To bits_of(From from) {
@@ -204,6 +208,25 @@ INLINE hpair to_bits(vec a, vec b, bfloat16) {
 }
 INLINE hpair to_bits(vec a, vec b, float16) { return joined(to_bits(a, float16{}), to_bits(b, float16{})); }
 
+// Integers that int8 holds.
+INLINE vec from_bits(cvec integers, int8_t) {
+#if defined(__AVX512F__)
+  return __builtin_convertvector(ivec(_mm512_cvtepi8_epi32(__m128i(integers))), vec);
+#elif defined(__AVX2__)
+  return __builtin_convertvector(ivec(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bits_of<int64_t>(integers)))), vec);
+#else
+  return __builtin_convertvector(integers, vec);
+#endif
+}
+
+INLINE cvec to_bits(vec v, int8_t) { return __builtin_convertvector(__builtin_convertvector(v, ivec), cvec); }
+INLINE vector_of<int8_t, 2 * LANES>::type to_bits(vec a, vec b, int8_t) {
+  struct Halves {
+    cvec low, high;
+  };
+  return bits_of<vector_of<int8_t, 2 * LANES>::type>(Halves{to_bits(a, int8_t{}), to_bits(b, int8_t{})});
+}
+
 template <class T>
 INLINE vec load(const T* p) {
   if constexpr (sizeof(T) == 4) {
@@ -211,9 +234,9 @@ INLINE vec load(const T* p) {
     std::memcpy(&v, p, sizeof v);
     return v;
   } else {
-    hvec h;
-    std::memcpy(&h, p, sizeof h);
-    return from_bits(h, T{});
+    std::conditional_t<sizeof(T) == 1, cvec, hvec> bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return from_bits(bits, T{});
   }
 }
 template <class T>
@@ -221,8 +244,8 @@ INLINE void store(T* p, vec v) {
   if constexpr (sizeof(T) == 4) {
     std::memcpy(p, &v, sizeof v);
   } else {
-    const hvec h = to_bits(v, T{});
-    std::memcpy(p, &h, sizeof h);
+    const auto bits = to_bits(v, T{});
+    std::memcpy(p, &bits, sizeof bits);
   }
 }
 
@@ -233,8 +256,8 @@ INLINE void store(T* p, vec a, vec b) {
     store(p, a);
     store(p + LANES, b);
   } else {
-    const hpair h = to_bits(a, b, T{});
-    std::memcpy(p, &h, sizeof h);
+    const auto bits = to_bits(a, b, T{});
+    std::memcpy(p, &bits, sizeof bits);
   }
 }
 
@@ -314,6 +337,8 @@ template <class T>
 INLINE vec load_partial(const T* p, int64_t n) {
   if constexpr (sizeof(T) == 4) {
     return vec(_mm512_maskz_loadu_ps(first_of(n), p));
+  } else if constexpr (sizeof(T) == 1) {
+    return from_bits(cvec(_mm_maskz_loadu_epi8(first_of(n), p)), T{});
   } else {
     return from_bits(hvec(_mm256_maskz_loadu_epi16(first_of(n), p)), T{});
   }
@@ -322,6 +347,8 @@ template <class T>
 INLINE void store_partial(T* p, vec v, int64_t n) {
   if constexpr (sizeof(T) == 4) {
     _mm512_mask_storeu_ps(p, first_of(n), __m512(v));
+  } else if constexpr (sizeof(T) == 1) {
+    _mm_mask_storeu_epi8(p, first_of(n), __m128i(to_bits(v, T{})));
   } else {
     _mm256_mask_storeu_epi16(p, first_of(n), __m256i(to_bits(v, T{})));
   }
@@ -358,7 +385,11 @@ INLINE two_words partial_words(const void* p, int64_t bytes, two_words) {
 template <class T>
 INLINE vec load_partial(const T* p, int64_t n) {
   const int64_t bytes = n * int64_t(sizeof(T));
-  if constexpr (sizeof(T) < 4) {
+  if constexpr (sizeof(T) == 1) {
+    cvec integers = {};
+    std::memcpy(&integers, p, size_t(n));
+    return from_bits(integers, T{});
+  } else if constexpr (sizeof(T) < 4) {
     using bits = std::conditional_t<sizeof(hvec) == 8, uint64_t, two_words>;
     return from_bits(bits_of<hvec>(partial_words(p, bytes, bits{})), T{});
   }

@@ -4,7 +4,8 @@ namespace llmcore {
 namespace {
 
 // q, k, v must have contiguous last axes and outlive the problem, as the options must.
-AttentionProblem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& o) {
+AttentionProblem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& o,
+                            const OptionalTensor& k_scale = {}, const OptionalTensor& v_scale = {}) {
   check_heads(q, 4, "q");
   check_heads(k, 4, "k");
   check_heads(v, 4, "v");
@@ -14,7 +15,7 @@ AttentionProblem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, c
   STD_TORCH_CHECK(k.size(0) == p.B && v.size(0) == p.B, "k, v: expected the batch size of q");
   STD_TORCH_CHECK(k.size(3) == p.D, "k: expected the head width of q");
   STD_TORCH_CHECK(v.size(1) == p.G && v.size(2) == p.S, "v: expected the heads and positions of k");
-  set_tensors(p, q, k, v);
+  set_cache_tensors(p, q, k, v, k_scale, v_scale);
   set_strides(p.q_strides, q);
   set_strides(p.k_strides, k);
   set_strides(p.v_strides, v);
@@ -28,12 +29,14 @@ std::tuple<Tensor, Tensor> attention_forward(int64_t level, const Tensor& q, con
                                              const OptionalTensor& q_offsets, const OptionalTensor& sinks,
                                              const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
                                              int64_t window_left, int64_t window_right, double softcap,
-                                             double dropout_p) {
+                                             double dropout_p, const OptionalTensor& k_scale,
+                                             const OptionalTensor& v_scale) {
   const Tensor queries = with_contiguous_heads(q), keys = with_contiguous_heads(k), values = with_contiguous_heads(v);
   AttentionForward a{};
   a.problem = problem_of(queries, keys, values,
                          {mask, kv_lengths, q_offsets, sinks, alibi_slopes, seed, q_offset, causal, window_left,
-                          window_right, scale, softcap, dropout_p});
+                          window_right, scale, softcap, dropout_p},
+                         k_scale, v_scale);
   const AttentionProblem& p = a.problem;
   const Tensor out = fresh_heads(q, p.H, p.T, p.Dv);
   const Tensor lse = fresh({p.B, p.H, p.T}, {p.H * p.T, p.T, 1}, ScalarType::Float);
@@ -67,6 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
                          {mask, kv_lengths, q_offsets, sinks, alibi_slopes, seed, q_offset, causal, window_left,
                           window_right, scale, softcap, dropout_p});
   const AttentionProblem& p = a.problem;
+  STD_TORCH_CHECK(p.kv_dtype == KvDtype::same, "k, v: expected q's dtype");
   for (const Tensor* t : {&gradient, &result}) {
     check_heads(*t, 4, "dout, out");
     STD_TORCH_CHECK(t->size(0) == p.B && t->size(1) == p.H && t->size(2) == p.T && t->size(3) == p.Dv &&
@@ -110,7 +114,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   "None, int window_left=-1, int window_right=-1, float softcap=0.0, float dropout_p=0.0"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmcore, m) {
-  m.def("attention_forward(int level, " ATTENTION_OPTIONS ") -> (Tensor, Tensor)");
+  m.def("attention_forward(int level, " ATTENTION_OPTIONS
+        ", Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor, Tensor)");
   m.def(
       "attention_backward(int level, Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool need_dmask,"
       " bool need_dslopes, " ATTENTION_OPTIONS ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");

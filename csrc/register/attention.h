@@ -66,6 +66,32 @@ inline void set_tensors(AttentionProblem& p, const Tensor& q, const Tensor& k, c
   p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
 }
 
+inline const float* scales_of(const OptionalTensor& t, const Tensor& rows, int64_t (&strides)[3], const char* name) {
+  STD_TORCH_CHECK(t.has_value() && t->dim() == 3, name, ": expected a tensor of 3 axes");
+  for (int i = 0; i < 3; ++i) {
+    STD_TORCH_CHECK(t->size(i) == rows.size(i), name, ": expected one for each row of the integers");
+  }
+  set_strides(strides, *t);
+  return floats_at(t, name);
+}
+
+// The same where a cache may be in fewer bits: k and v of q's dtype, or beside a float32 q in bfloat16, or in int8 with
+// scales.
+inline void set_cache_tensors(AttentionProblem& p, const Tensor& q, const Tensor& k, const Tensor& v,
+                              const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+  const ScalarType type = k.scalar_type();
+  const bool is_int8 = type == ScalarType::Char, is_bfloat16 = type == ScalarType::BFloat16;
+  if (q.scalar_type() != ScalarType::Float || v.scalar_type() != type || !(is_int8 || is_bfloat16)) {
+    return set_tensors(p, q, k, v);
+  }
+  set_tensors(p, q, q, q);
+  p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
+  p.kv_dtype = is_int8 ? KvDtype::int8 : KvDtype::bfloat16;
+  if (!is_int8) return;
+  p.k_scale = scales_of(k_scale, k, p.k_scale_strides, "k_scale");
+  p.v_scale = scales_of(v_scale, v, p.v_scale_strides, "v_scale");
+}
+
 // The rest of it. The tensors must outlive the problem.
 inline void set_options(AttentionProblem& p, const AttentionOptions& o) {
   set_mask(p, o.mask);

@@ -19,7 +19,8 @@ std::tuple<Tensor, Tensor> paged_attention_forward(int64_t level, const Tensor& 
                                                    const OptionalTensor& kv_lengths, const OptionalTensor& q_offsets,
                                                    const OptionalTensor& sinks, const OptionalTensor& alibi_slopes,
                                                    std::optional<int64_t> q_offset, bool causal, int64_t window_left,
-                                                   int64_t window_right, double scale, double softcap) {
+                                                   int64_t window_right, double scale, double softcap,
+                                                   const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
   const Tensor queries = with_contiguous_heads(q), keys = with_contiguous_heads(k_pages);
   const Tensor values = with_contiguous_heads(v_pages);
   check_heads(queries, 4, "q");
@@ -37,7 +38,7 @@ std::tuple<Tensor, Tensor> paged_attention_forward(int64_t level, const Tensor& 
   p.page_columns = page_table.size(1);
   p.page_table = integers_of(page_table, p.B * p.page_columns, "page_table");
   p.S = p.page_columns * p.page_length;
-  set_tensors(p, queries, keys, values);
+  set_cache_tensors(p, queries, keys, values, k_scale, v_scale);
   set_strides(p.q_strides, queries);
   set_strides(p.k_strides, keys);
   set_strides(p.v_strides, values);
@@ -71,7 +72,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmcore, m) {
   m.def(
       "paged_attention_forward(int level, Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table,"
       " Tensor? kv_lengths, Tensor? q_offsets, Tensor? sinks, Tensor? alibi_slopes, int? q_offset, bool causal,"
-      " int window_left, int window_right, float scale, float softcap) -> (Tensor, Tensor)");
+      " int window_left, int window_right, float scale, float softcap, Tensor? k_scale=None, Tensor? v_scale=None)"
+      " -> (Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) { m.impl("paged_attention_forward", TORCH_BOX(&paged_attention_forward)); }
 

@@ -9,13 +9,14 @@ neither on the others nor on who guesses: its bits are those that it has alone.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmcore.generation.prefix import PrefixCache
-from llmcore.generation.reading import Reader
+from llmcore.generation.reading import Reader, run, together
 from llmcore.generation.sampling import Sampler, Sampling
 from llmcore.generation.speculative import Draft
 from llmcore.generation.stopping import Stopping
@@ -73,7 +74,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be generated, checked; the letters of `rows` are places in `prompts`."""
+    """What is to be generated, checked."""
 
     model: Decoder
     prompts: Sequence[Sequence[int]]
@@ -134,16 +135,16 @@ def steps(task: Task) -> Iterator[Step]:
     """Step after step, until every sequence is at its end or has max_new_tokens."""
     if task.max_new_tokens == 0 or not task.prompts:
         return
-    run = _Run(task)
+    state = _Run(task)
     try:
         while True:
-            while run.waiting and None in run.places:
-                yield run.begin()
-            if not any(run.places):
+            while state.waiting and None in state.places:
+                yield state.begin()
+            if not any(state.places):
                 return
-            yield from run.advance()
+            yield from state.advance()
     finally:
-        run.close()
+        state.close()
 
 
 class _Sequence:
@@ -169,21 +170,25 @@ class _Run:
         self.places: list[_Sequence | None] = [None] * batch
         slots = max(map(len, task.prompts)) + min(task.max_new_tokens, FIRST_SLOTS)
         self.cache = task.setup.cache(task.model, batch, slots)
-        # A prompt is read by itself, and then put into its place: there, where it is the only one.
+        # A prompt is read by itself and then put into its place, or is there if it's the only one.
         own = self.cache if batch == 1 else task.setup.cache(task.model, 1, slots)
         self.reader = Reader(task.model, own, task.setup.prefixes)
         self.device = next(task.model.parameters()).device
 
     def begin(self) -> Step:
-        """Read the next prompt into a free place, and choose its first token."""
-        row = self.waiting.popleft()
-        sequence = _Sequence(row, self.task.prompts[row], self.task.max_new_tokens)
-        logits = self.reader.read(sequence.ids)
-        place = self.places.index(None)
-        if self.reader.cache is not self.cache:
-            self.cache.put(place, self.reader.cache.take(0))
-        self.places[place] = sequence
-        step = self._choose([sequence], logits)
+        """Read the next prompts into free places, and choose their first tokens."""
+        free = [place for place, sequence in enumerate(self.places) if sequence is None]
+        texts = [self.task.prompts[row] for row in islice(self.waiting, len(free))]
+        count, common = together(texts)
+        cache, logits = self._read(texts[:count], common)
+        sequences = []
+        for i, place in enumerate(free[:count]):
+            if cache is not self.cache:
+                self.cache.put(place, cache.take(i))
+            sequence = _Sequence(self.waiting.popleft(), texts[i], self.task.max_new_tokens)
+            self.places[place] = sequence
+            sequences.append(sequence)
+        step = self._choose(sequences, logits)
         self._clear()
         return step
 
@@ -192,7 +197,8 @@ class _Run:
         self._close_gaps()
         sequences = [sequence for sequence in self.places if sequence is not None]
         guesses = [self._guess(sequence) for sequence in sequences]
-        logits = self._pass(sequences, guesses)
+        newest = [[s.ids[-1], *guess] for s, guess in zip(sequences, guesses, strict=True)]
+        logits = run(self.task.model, newest, self.cache, last_only=not any(guesses))
         found, going, accepted = [], list(range(len(sequences))), 0
         for t in range(logits.shape[1]):
             these = logits[:, t] if len(going) == len(sequences) else logits[going, t]
@@ -216,31 +222,42 @@ class _Run:
 
     def close(self) -> None:
         """The run is over, also before its end: what the sequences have so far is not lost."""
-        for sequence in self.places:
+        counts = self.cache.counts
+        for place, sequence in enumerate(self.places):
             if sequence is not None:
                 sequence.ended = True
+                counts[place] = min(counts[place], len(sequence))  # without guesses
+        self.cache.truncate(counts)
         self._clear()
+
+    def _read(self, texts: Sequence[Sequence[int]], common: int) -> tuple[Cache, Tensor]:
+        """A cache of these texts, of which `common` tokens are the same, and logits (n, V)."""
+        if len(texts) == 1:
+            return self.reader.cache, self.reader.read(texts[0])
+        cache = self.task.setup.cache(self.task.model, len(texts), max(map(len, texts)))
+        self.reader.hold(texts[0][:common])
+        for row, text in enumerate(texts):
+            known = self.reader.known(text[:-1])
+            if known is not None and known.length > common:
+                cache.put(row, known)
+            elif common > 0:
+                cache.put(row, self.reader.cache.take(0))
+        new = [text[count:] for text, count in zip(texts, cache.counts, strict=True)]
+        return cache, run(self.task.model, new, cache)[:, -1]
 
     def _guess(self, sequence: _Sequence) -> list[int]:
         if self.draft is None:
             return []
         room = self.task.model.config.context_length - len(self.cache) - 1
         most = min(sequence.left - 1, room)
-        return self.draft.guess(sequence.row, sequence.ids, most) if most > 0 else []
+        if most <= 0:
+            return []
+        ahead = self.task.samplers[sequence.row].copy()
 
-    def _pass(self, sequences: list[_Sequence], guesses: list[list[int]]) -> Tensor:
-        """Logits (K, T, V) of the K newest tokens and the guesses behind them."""
-        counts = [1 + len(guess) for guess in guesses]
-        rows = [
-            [sequence.ids[-1], *guess, *[0] * (max(counts) - count)]
-            for sequence, guess, count in zip(sequences, guesses, counts, strict=True)
-        ]
-        ids, mask = torch.tensor(rows, device=self.device), None
-        if min(counts) < max(counts):
-            steps = torch.arange(max(counts), device=self.device)
-            mask = steps < torch.tensor(counts, device=self.device)[:, None]
-        with torch.no_grad():
-            return self.task.model(ids, self.cache, mask, last_only=max(counts) == 1)
+        def choose(logits: Tensor) -> int:
+            return int(self.task.sampling.choose(logits, [ahead]))
+
+        return self.draft.guess(sequence.row, sequence.ids, most, choose)
 
     def _choose(self, sequences: list[_Sequence], logits: Tensor) -> Step:
         """The next token of each of these, from logits (K, V)."""

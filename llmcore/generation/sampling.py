@@ -155,6 +155,15 @@ class Sampler:
             self._generator = torch.Generator().manual_seed(self._seed)
         return float(torch.rand((), generator=self._generator, dtype=torch.float64))
 
+    def copy(self) -> "Sampler":
+        """One that goes on from here in the same way: to look at draws before they are made."""
+        twin = Sampler(self._seed)
+        twin._seen, twin._count = self.seen.clone(), self._count
+        if self._generator is not None:
+            twin._generator = torch.Generator()
+            twin._generator.set_state(self._generator.get_state())
+        return twin
+
     def record(self, token: int) -> None:
         """This token was chosen."""
         if self._count == len(self._seen):

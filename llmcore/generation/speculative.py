@@ -6,11 +6,12 @@ logits and the same draw as without guesses: a guess counts where it is that ver
 text is the same, token for token (stricter than Leviathan et al., 2023, who keep the distribution).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from llmcore.generation.reading import Reader
 from llmcore.models.cache import KVCache
@@ -53,13 +54,20 @@ class Stats:
         )
 
 
+Choose = Callable[[Tensor], int]
+
+
 class Draft(Protocol):
     """What guesses. It may keep a state for each text, and forgets it when told that it is over."""
 
     stats: Stats
 
-    def guess(self, row: int, ids: Sequence[int], most: int) -> list[int]:
-        """Up to `most` tokens that may follow ids, the prompt and the answer so far of `row`."""
+    def guess(self, row: int, ids: Sequence[int], most: int, choose: Choose) -> list[int]:
+        """Up to `most` tokens that may follow ids, the prompt and the answer so far of `row`.
+
+        choose  what the run would choose, (1, V) logits -> token: by the draw that it will make for
+                the first token after ids, then for the second, and so on
+        """
 
     def forget(self, row: int) -> None:
         """The row is at its end."""
@@ -83,7 +91,7 @@ class LookupDraft:
         self.stats = Stats()
         self._places: dict[int, _Places] = {}
 
-    def guess(self, row: int, ids: Sequence[int], most: int) -> list[int]:
+    def guess(self, row: int, ids: Sequence[int], most: int, choose: Choose) -> list[int]:
         places = self._places.setdefault(row, _Places(self.longest, self.shortest))
         places.extend(ids)
         start = places.previous(ids)
@@ -116,7 +124,12 @@ class _Places:
 
 
 class DraftModel:
-    """Guesses what a smaller model with the same tokens says, its most probable token each time."""
+    """Guesses what a smaller or coarser model with the same tokens says.
+
+    Its tokens are chosen as the run's are, and drawn by the very numbers that the run will draw: so
+    the more its probabilities resemble the model's, the more of its guesses are right. A copy of
+    the model with weights in int4 is a good draft of itself.
+    """
 
     def __init__(self, model: Decoder, guesses: int = 4) -> None:
         _check_guesses(guesses)
@@ -125,14 +138,14 @@ class DraftModel:
         self.stats = Stats()
         self._readers: dict[int, Reader] = {}
 
-    def guess(self, row: int, ids: Sequence[int], most: int) -> list[int]:
+    def guess(self, row: int, ids: Sequence[int], most: int, choose: Choose) -> list[int]:
         room = self.model.config.context_length - len(ids)
         if row not in self._readers:
             cache = KVCache(self.model.config, 1, len(ids) + self.guesses)
             self._readers[row] = Reader(self.model, cache)
         text = list(ids)
         for _ in range(min(most, self.guesses, room + 1)):
-            text.append(int(self._readers[row].read(text).argmax()))
+            text.append(choose(self._readers[row].read(text)))
         return text[len(ids) :]
 
     def forget(self, row: int) -> None:

@@ -17,7 +17,8 @@ An int q_offset and the sides of a window count as the nearest number from -2^31
 
 Tensors (D contiguous in all, any other strides):
     q             (B, H, T, D)    float32, bfloat16, float16 or float64
-    k, v          (B, G, S, D), (B, G, S, Dv)   q's dtype; H a multiple of G
+    k, v          (B, G, S, D), (B, G, S, Dv)   q's dtype, bfloat16, or int8; H a multiple of G
+    k_scale, v_scale   (B, G, S)    float32 or q's dtype; with int8, and only then
     mask          broadcastable to (B, H, T, S); bool (True = may attend), float32 or q's dtype
     kv_lengths    (B)             int32 or int64, 0 to S; beyond, the nearest of these
     q_offset      (B)             int32 or int64, or one int
@@ -27,6 +28,9 @@ Tensors (D contiguous in all, any other strides):
     lse           (B, H, T)       float32 (float64 for float64), differentiable
 Float32: scores, softmax, sums; y is rounded once. Kernels for half types may round the weights w to
 the dtype before the second product, as FlashAttention does (the yardstick allows for it).
+k and v as a cache keeps them: in int8 a row stands for its integers times its scale (what
+quantize_rows makes), which kernels may multiply scores and weights by. Beside a q of another dtype
+they are exact: nothing but y is rounded to q's dtype. For inference: kernels have no gradient then.
 In torch.autocast q, k and v are cast to its dtype; mask, sinks and slopes are not.
 
 A key that a query may not attend to contributes exactly nothing, forward and backward, whatever it
@@ -75,6 +79,7 @@ from llmcore.ops.attention_definition import (
     nearest,
     reference,
 )
+from llmcore.ops.quantize_rows import quantize_rows
 from llmcore.ops.sample import Draw, Sample
 
 
@@ -83,8 +88,8 @@ def check(
 ) -> None:
     """Raises TypeError or ValueError for arguments that don't fit."""
     optional = {"sinks": extra.sinks, "alibi_slopes": extra.alibi_slopes}
-    contract.check_floating(optional, q=q, k=k, v=v)
-    contract.check_dtype(q, "q", k=k, v=v)
+    contract.check_floating(optional, q=q)
+    check_stored(q, extra, k=k, v=v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != 4:
             axes = "(B, H, T, D)" if name == "q" else "(B, G, S, D)"
@@ -99,9 +104,42 @@ def check(
         raise ValueError(
             f"v: got shape {tuple(v.shape)}, expected {tuple(k.shape[:3])} and Dv, as k"
         )
+    check_scales(q, k, extra)
     contract.check_mask(extra.mask, (batch, heads, rows, k.shape[2]), q, "q")
     check_extra(q, extra)
     check_options(options)
+
+
+def check_stored(q: torch.Tensor, extra: Extra, **tensors: torch.Tensor) -> None:
+    """Keys and values must be of q's dtype, bfloat16, or int8 with scales; else TypeError."""
+    first = next(iter(tensors.values()))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in (q.dtype, torch.bfloat16, torch.int8):
+            raise TypeError(
+                f"{name}: got {tensor.dtype}, expected {q.dtype}, the dtype of q, torch.bfloat16 "
+                "or torch.int8"
+            )
+        if tensor.dtype != first.dtype:
+            raise TypeError(
+                f"{name}: got {tensor.dtype}, expected {first.dtype}, the dtype of "
+                f"{next(iter(tensors))}"
+            )
+        contract.check_device(q, "q", **{name: tensor})
+    for name, scale in (("k_scale", extra.k_scale), ("v_scale", extra.v_scale)):
+        if first.dtype == torch.int8 and scale is None:
+            raise TypeError(f"{name}: expected a tensor with torch.int8, got NoneType")
+        if first.dtype != torch.int8 and scale is not None:
+            raise TypeError(f"{name}: expected None with {first.dtype}: it is for torch.int8")
+
+
+def check_scales(q: torch.Tensor, k: torch.Tensor, extra: Extra) -> None:
+    """Raises TypeError or ValueError for scales of keys and values that don't fit."""
+    scales = {"k_scale": extra.k_scale, "v_scale": extra.v_scale}
+    contract.check_floating(scales, q=q)
+    contract.check_dtype(q, "q", or_float32=True, **scales)
+    contract.check_shape(k.shape[:3], "one for each row", **scales)
 
 
 def check_heads(q: torch.Tensor, k: torch.Tensor, name: str) -> None:
@@ -170,11 +208,13 @@ def arguments(
     alibi_slopes: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Extra, Options]:
     """Defaults resolved, tensors as autocast wants them, a seed drawn where there is dropout."""
     q, k, v = contract.autocast(q, k, v)
     seed = draw_seed() if dropout_p else None
-    extra = Extra(mask, kv_lengths, nearest(q_offset), sinks, alibi_slopes, seed)
+    extra = Extra(mask, kv_lengths, nearest(q_offset), sinks, alibi_slopes, seed, k_scale, v_scale)
     scale = default_scale(q) if scale is None else scale
     options = Options(bool(causal), bounded(window), scale, softcap, dropout_p, return_lse)
     return q, k, v, extra, options
@@ -193,7 +233,7 @@ def call_key(
     Neither the values of tensors or of an int offset, nor, where no mask must fit to it, the number
     of keys: all steps of decoding have one key.
     """
-    mask, kv_lengths, offset, sinks, slopes, _ = extra
+    mask, kv_lengths, offset, sinks, slopes, _, k_scale, v_scale = extra
     try:
         (batch, heads, rows, width), (k_batch, groups, keys, k_width) = q.shape, k.shape
         v_batch, v_groups, values, v_width = v.shape
@@ -205,21 +245,35 @@ def call_key(
             None if options.window is None else contract.types_key(options.window),
         )
         offsets = offset if isinstance(offset, torch.Tensor) else None
-        if (mask is None and kv_lengths is None and offsets is None) and (
-            sinks is None and slopes is None
+        has_scales = k_scale is not None or v_scale is not None
+        if (mask is None and kv_lengths is None and offsets is None and not has_scales) and (
+            sinks is None and slopes is None and k.dtype == q.dtype
         ):
             return key
         tensors = map(contract.tensor_key, (mask, kv_lengths, offsets, sinks, slopes))
+        wanted: tuple[Any, ...]
         wanted = contract.wants_gradient(mask), contract.wants_gradient(slopes)
+        if k.dtype != q.dtype or has_scales:
+            places = (k_batch, groups, keys)
+            scales = tuple(scale_key(scale, places) for scale in (k_scale, v_scale))
+            wanted = (*wanted, scales, attention_native.wants_any_gradient(q, k, v, extra))
         return (*key, *tensors, None if mask is None else (rows, keys), wanted)
     except (AttributeError, TypeError, ValueError):
         return None
+
+
+def scale_key(scale: torch.Tensor | None, rows: tuple[int, int, int]) -> Any:
+    """What the check and the choice depend on in the scales of so many rows."""
+    if scale is None:
+        return None
+    return (tuple(scale.shape) == rows, scale.dtype, scale.device, scale.layout)
 
 
 def samples(draw: Draw) -> Iterator[Sample]:
     yield from plain_samples(draw)
     yield from masked_samples(draw)
     yield from extra_samples(draw)
+    yield from cache_samples(draw)
 
 
 def draw_qkv(draw: Draw, *sizes: int) -> tuple[torch.Tensor, ...]:
@@ -330,6 +384,35 @@ def extra_samples(draw: Draw) -> Iterator[Sample]:
     yield Sample("expanded_extras", (q, k, v), {**sinks, **alike})
 
 
+def cache_samples(draw: Draw) -> Iterator[Sample]:
+    """Keys and values as a cache keeps them."""
+    for heads, groups, rows, keys, width, value_width in (
+        (9, 3, 1, draw.size(1, 700), 64, 64),
+        (4, 2, 3, draw.size(3, 300), 40, 24),
+        (4, 2, draw.size(30, 60), draw.size(60, 300), 32, 32),
+    ):
+        q, k, v = draw_qkv(draw, 2, heads, groups, rows, keys, width, value_width)
+        name = f"{heads}x{groups}x{rows}x{keys}x{width}x{value_width}"
+        options: dict[str, Any] = {"causal": True, "return_lse": True}
+        halves = (q, k.bfloat16(), v.bfloat16())
+        yield Sample(f"bf16_cache_{name}", halves, options, keep=(1, 2))
+        (k, k_scale), (v, v_scale) = integers_of(draw, k), integers_of(draw, v)
+        options = {**options, "k_scale": k_scale, "v_scale": v_scale}
+        yield Sample(f"int8_cache_{name}", (q, k, v), options, keep=("k_scale", "v_scale"))
+    options = {**options, "window": (40, 0), "sinks": draw.normal(heads), "softcap": 9.0}
+    options |= {"mask": draw.normal(keys), "alibi_slopes": draw.normal(heads).abs() / 8}
+    beyond = torch.arange(keys) >= keys - 7
+    options |= {"kv_lengths": torch.tensor([keys - 7, keys - 7])}
+    options |= {n: options[n].masked_fill(beyond, math.nan) for n in ("k_scale", "v_scale")}
+    yield Sample("int8_cache_everything", (q, k, v), options, keep=("k_scale", "v_scale"))
+
+
+def integers_of(draw: Draw, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x's rows in int8 and their scales; every other scale belongs to another buffer's rows."""
+    integers, scale = quantize_rows(x)
+    return integers, torch.stack((scale, draw.normal(*scale.shape)), -1)[..., 0]
+
+
 OP = Op(
     "attention",
     reference,
@@ -358,6 +441,8 @@ def attention(
     alibi_slopes: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> Result:
     """softmax(scale * q k^T) v over the keys that each query may attend to, in float32.
 
@@ -376,6 +461,7 @@ def attention(
         alibi_slopes: (H) or (B, H); slope * |p - j| is taken from the scores.
         dropout_p: probability with which a weight is dropped, in [0, 1); kept ones are scaled.
         return_lse: also return the log of each softmax's sum, (B, H, T), float32.
+        k_scale, v_scale: (B, G, S), with k and v in int8: what each row is to be multiplied by.
 
     Returns (B, H, T, Dv) in q's dtype, or that and the lse. A query that may attend to nothing
     gives 0, and its gradient is 0.
@@ -398,6 +484,8 @@ def attention(
         alibi_slopes=alibi_slopes,
         dropout_p=dropout_p,
         return_lse=return_lse,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
     kernel = OP.kernel(call_key(*args), *args)
     if kernel.backward is not None and contract.wants_gradient(q, k, v, sinks, mask, alibi_slopes):

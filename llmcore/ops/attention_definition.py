@@ -23,6 +23,7 @@ class Extra(NamedTuple):
 
     q_offset: an int, a tensor, or None, which means kv_lengths - T (S - T without kv_lengths).
     seed: int64, no axes, on the CPU; there exactly when options.dropout_p > 0.
+    k_scale, v_scale: there exactly when k and v are int8.
     """
 
     mask: torch.Tensor | None = None
@@ -31,6 +32,8 @@ class Extra(NamedTuple):
     sinks: torch.Tensor | None = None
     alibi_slopes: torch.Tensor | None = None
     seed: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
 
 class Options(NamedTuple):
@@ -67,12 +70,19 @@ def default_scale(q: torch.Tensor) -> float:
     return (shape[-1] or 1) ** -0.5 if len(shape) else 1.0
 
 
+def stored(rows: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The keys or values that a cache's rows stand for."""
+    wide = rows.to(dtype)
+    return wide if scale is None else wide * scale.to(dtype)[..., None]
+
+
 @contract.without_autocast
 def reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Extra, options: Options
 ) -> Result:
     """The definition, in at least float32."""
-    wide_q, wide_k, wide_v = (contract.widen(t) for t in (q, k, v))
+    wide_q = contract.widen(q)
+    wide_k, wide_v = stored(k, extra.k_scale, wide_q.dtype), stored(v, extra.v_scale, wide_q.dtype)
     if k.shape[1] != q.shape[1]:
         share = q.shape[1] // k.shape[1]
         wide_k, wide_v = (t.repeat_interleave(share, 1) for t in (wide_k, wide_v))

@@ -16,6 +16,8 @@ from llmcore.ops.attention_definition import Extra, Options, Result, reference
 def refuses(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Extra, options: Options
 ) -> list[str]:
+    if k.dtype != q.dtype:
+        return refuses_stored(q, k, v, extra)
     reasons = native.refuses_tensors(q, k, v)
     if q.dtype == torch.float32:
         return reasons
@@ -38,12 +40,39 @@ def is_one_for_all_keys(mask: torch.Tensor | None) -> bool:
     return mask is not None and (mask.ndim == 0 or mask.shape[-1] == 1)
 
 
+def refuses_stored(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Extra) -> list[str]:
+    """Why the kernels can't take these queries beside keys and values of another dtype."""
+    reasons = native.refuses_tensors(q, extra.k_scale, extra.v_scale)
+    reasons += native.refuses_tensors(k, v, dtypes=(torch.bfloat16, torch.int8))
+    if wants_any_gradient(q, k, v, extra):
+        reasons.append(f"an input requires a gradient: with keys in {k.dtype} there is none")
+    return list(dict.fromkeys(reasons))
+
+
+def wants_any_gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Extra) -> bool:
+    """Whether autograd must record a call for any of its tensors."""
+    mask, _, _, sinks, slopes, _, *scales = extra
+    return contract.wants_gradient(q, k, v, mask, sinks, slopes, *scales)
+
+
+def raw_scales(extra: Extra) -> dict[str, torch.Tensor]:
+    """The scales of keys and values as the raw ops take them."""
+    if extra.k_scale is None or extra.v_scale is None:
+        return {}
+    return {"k_scale": extra.k_scale.float(), "v_scale": extra.v_scale.float()}
+
+
+def beside(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """q as it meets these keys: in their dtype, or else in float32."""
+    return q if q.dtype == keys.dtype else q.float()
+
+
 def raw_arguments(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Extra, options: Options
 ) -> tuple[Any, ...]:
     """A call as the raw ops take it: dtypes as in csrc/ops.h, the mask with four axes, the lengths,
     offsets and sinks contiguous. Of a call without options only the first arguments."""
-    mask, lengths, offset, sinks, slopes, seed = extra
+    mask, lengths, offset, sinks, slopes, seed = extra[:6]
     causal, window, scale, softcap, dropout_p, _ = options
     offsets = offset if isinstance(offset, torch.Tensor) else None
     first = (q, k, v, scale, causal, offset if offsets is None else None)
@@ -120,7 +149,9 @@ def with_contract_arguments(candidate: Candidate) -> Candidate:
     def forward(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Extra, options: Options
     ) -> Result:
-        y, lse = raw_forward(*raw_arguments(q, k, v, extra, options))
+        call = raw_arguments(beside(q, k), k, v, extra, options)
+        y, lse = raw_forward(*call, **raw_scales(extra))
+        y = y.to(q.dtype)
         return (y, lse) if options.return_lse else y
 
     def backward(
@@ -230,7 +261,7 @@ def record(
     options: Options,
 ) -> Result:
     """kernel.forward(...) with its gradient."""
-    mask, kv_lengths, q_offset, sinks, slopes, seed = extra
+    mask, kv_lengths, q_offset, sinks, slopes, seed = extra[:6]
     with_lse = options._replace(return_lse=True)
     rest = (mask, kv_lengths, q_offset, slopes, seed, with_lse, kernel)
     y, lse = Attention.record(q, k, v, sinks, *rest)

@@ -5,8 +5,10 @@
 
 Tensors (D contiguous in all):
     q           (B, H, T, D)    float32, bfloat16, float16 or float64
-    k_pages     (P, G, L, D)    q's dtype; P pages of L places each; H a multiple of G
-    v_pages     (P, G, L, Dv)   q's dtype
+    k_pages     (P, G, L, D)    q's dtype, bfloat16 or int8; P pages of L places each; H a multiple
+                                of G
+    v_pages     (P, G, L, Dv)   k_pages' dtype
+    k_scale, v_scale   (P, G, L)    with int8: what each row is to be multiplied by, as in attention
     page_table  (B, M)          int32 or int64: the pages of a sequence in order, 0 to P - 1
     kv_lengths  (B)             int32 or int64, 0 to M * L
     y, lse      as attention
@@ -32,7 +34,14 @@ import torch
 from llmcore import native
 from llmcore.dispatch import Candidate, Op, native_candidates
 from llmcore.ops import contract
-from llmcore.ops.attention import check_extra, check_heads, check_options
+from llmcore.ops.attention import (
+    check_extra,
+    check_heads,
+    check_options,
+    check_scales,
+    check_stored,
+    integers_of,
+)
 from llmcore.ops.attention_definition import (
     Extra,
     Options,
@@ -43,7 +52,13 @@ from llmcore.ops.attention_definition import (
     nearest,
 )
 from llmcore.ops.attention_definition import reference as attention_reference
-from llmcore.ops.attention_native import heads_like, raw_arguments
+from llmcore.ops.attention_native import (
+    beside,
+    heads_like,
+    raw_arguments,
+    raw_scales,
+    refuses_stored,
+)
 from llmcore.ops.sample import Draw, Sample
 
 
@@ -62,8 +77,14 @@ def reference(
     assert lengths is not None
     first = torch.arange(pages.table.shape[1], device=q.device) * k_pages.shape[2]
     table = pages.table.masked_fill(first >= lengths[:, None], 0)
-    k, v = (p[table].transpose(1, 2).flatten(2, 3) for p in (k_pages, v_pages))
-    return attention_reference(q, k, v, pages.extra, options)
+
+    def gathered(pages: torch.Tensor) -> torch.Tensor:
+        return pages[table].transpose(1, 2).flatten(2, 3)
+
+    extra = pages.extra
+    if extra.k_scale is not None and extra.v_scale is not None:
+        extra = extra._replace(k_scale=gathered(extra.k_scale), v_scale=gathered(extra.v_scale))
+    return attention_reference(q, gathered(k_pages), gathered(v_pages), extra, options)
 
 
 def check(
@@ -72,8 +93,8 @@ def check(
     """Raises TypeError or ValueError for arguments that don't fit."""
     extra = pages.extra
     optional = {"sinks": extra.sinks, "alibi_slopes": extra.alibi_slopes}
-    contract.check_floating(optional, q=q, k_pages=k_pages, v_pages=v_pages)
-    contract.check_dtype(q, "q", k_pages=k_pages, v_pages=v_pages)
+    contract.check_floating(optional, q=q)
+    check_stored(q, extra, k_pages=k_pages, v_pages=v_pages)
     for name, tensor in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages)):
         if tensor.ndim != 4:
             axes = "(B, H, T, D)" if name == "q" else "(P, G, L, D)"
@@ -89,6 +110,7 @@ def check(
             f"v_pages: got shape {tuple(v_pages.shape)}, expected {tuple(k_pages.shape[:3])} and "
             "Dv, as k_pages"
         )
+    check_scales(q, k_pages, extra)
     table = pages.table
     if table is None:
         raise TypeError("page_table: expected a tensor, got NoneType")
@@ -116,10 +138,12 @@ def arguments(
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     return_lse: bool = False,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[Any, ...]:
     """Defaults resolved, tensors as autocast wants them."""
     q, k_pages, v_pages = contract.autocast(q, k_pages, v_pages)
-    extra = Extra(None, kv_lengths, nearest(q_offset), sinks, alibi_slopes)
+    extra = Extra(None, kv_lengths, nearest(q_offset), sinks, alibi_slopes, None, k_scale, v_scale)
     scale = default_scale(q) if scale is None else scale
     options = Options(bool(causal), bounded(window), scale, softcap, 0.0, return_lse)
     return q, k_pages, v_pages, Pages(page_table, extra), options
@@ -153,14 +177,22 @@ def samples(draw: Draw) -> Iterator[Sample]:
     yield Sample("window_softcap_sinks", call(4, longer, 4, 2, 8, 16, 16), options)
     options = {"alibi_slopes": draw.normal(4).abs(), "q_offset": draw.integers(0, 9, 3)}
     yield Sample("alibi_offset", call(4, longer, 4, 2, 8, 16, 16), {**options, "causal": True})
+    for name, rows, of in (("decode", 1, lengths), ("prefill", 12, longer)):
+        q, k, v, *where = call(rows, of, 6, 2, 16, 64, 64)
+        yield Sample(f"bf16_{name}", (q, k.bfloat16(), v.bfloat16(), *where), keep=(1, 2))
+        (k, k_scale), (v, v_scale) = integers_of(draw, k), integers_of(draw, v)
+        options = {"k_scale": k_scale, "v_scale": v_scale, "causal": True}
+        yield Sample(f"int8_{name}", (q, k, v, *where), options, keep=("k_scale", "v_scale"))
     yield Sample("length_0", call(1, [0, 5], 2, 1, 4, 8, 8), {"return_lse": True})
 
 
 def refuses(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, pages: Pages, options: Options
 ) -> list[str]:
-    reasons = native.refuses_tensors(q, k_pages, v_pages)
     extra = pages.extra
+    if k_pages.dtype != q.dtype:
+        return refuses_stored(q, k_pages, v_pages, extra)
+    reasons = native.refuses_tensors(q, k_pages, v_pages)
     if contract.wants_gradient(q, k_pages, v_pages, extra.sinks, extra.alibi_slopes):
         reasons.append("an input requires a gradient: these kernels have no backward pass")
     return reasons
@@ -186,17 +218,18 @@ def with_contract_arguments(candidate: Candidate) -> Candidate:
         options: Options,
     ) -> Result:
         # Without the mask and the seed.
-        _, _, _, scale, causal, offset, _, *tensors, _, left, right, softcap, _ = raw_arguments(
-            q, k_pages, v_pages, pages.extra, options
+        queries, _, _, scale, causal, offset, _, *tensors, _, left, right, softcap, _ = (
+            raw_arguments(beside(q, k_pages), k_pages, v_pages, pages.extra, options)
         )
         table = pages.table.long().contiguous()
         rest = (table, *tensors, offset, causal, left, right, scale, softcap)
         try:
-            y, lse = raw_forward(q, k_pages, v_pages, *rest)
+            y, lse = raw_forward(queries, k_pages, v_pages, *rest, **raw_scales(pages.extra))
         except RuntimeError as error:
             if "page_table: page" not in str(error):
                 raise
             raise IndexError(str(error)) from None
+        y = y.to(q.dtype)
         return (y, lse) if options.return_lse else y
 
     return dataclasses.replace(candidate, forward=forward)
@@ -234,6 +267,8 @@ def paged_attention(
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     return_lse: bool = False,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> Result:
     """attention with the keys and values of each sequence in pages; options as there.
 
@@ -260,9 +295,12 @@ def paged_attention(
         sinks=sinks,
         alibi_slopes=alibi_slopes,
         return_lse=return_lse,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
     q, k_pages, v_pages, _, options = args
-    tensors = (q, k_pages, v_pages, page_table, kv_lengths, sinks, alibi_slopes)
+    scales = (k_scale, v_scale)
+    tensors = (q, k_pages, v_pages, page_table, kv_lengths, sinks, alibi_slopes, *scales)
     offset = contract.tensor_key(q_offset) if isinstance(q_offset, torch.Tensor) else type(q_offset)
-    gradient = contract.wants_gradient(q, k_pages, v_pages, sinks, alibi_slopes)
+    gradient = contract.wants_gradient(q, k_pages, v_pages, sinks, alibi_slopes, *scales)
     return OP.kernel(contract.call_key(tensors, options, offset, gradient), *args).forward(*args)

@@ -16,7 +16,7 @@ from generation_runs import (
 from llmcore.generate import generate
 from llmcore.generation import PrefixCache
 from llmcore.generation.batch import steps
-from llmcore.generation.reading import READ_BLOCK, Reader
+from llmcore.generation.reading import READ_BLOCK, Reader, together
 from llmcore.models import KVCache, PagedKVCache
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
@@ -49,7 +49,7 @@ def test_batch_gives_a_place_to_the_next_prompt_at_once(tiny_decoder):
             assert len(rows) == 3 or len(begun) == len(PROMPTS)
             passes += 1
         else:
-            assert len(rows) == 1
+            assert not rows & begun
         begun |= rows
     lengths = [len(tokens) for tokens in alone(model, PROMPTS, stop=ends)[0]]
     assert sum(lengths) / 3 < passes + len(PROMPTS) / 3 < sum(lengths) / 2
@@ -74,7 +74,21 @@ def test_batch_reads_a_common_beginning_once(tiny_decoder, monkeypatch, batch_si
     expected = alone(model, prompts, new=1)
     shapes = shapes_of_passes(model, monkeypatch)
     assert_same(run(task_of(model, prompts, new=1, batch_size=batch_size)), expected)
-    assert shapes == [(1, 23), (1, 6), (1, 1), (1, 1)]
+    if batch_size == 1:
+        assert shapes == [(1, 23), (1, 6), (1, 1), (1, 1)]
+    else:  # two prompts behind what they share, and again
+        assert shapes == [(1, 20), (2, 6), (2, 2)]
+
+
+def test_batch_reads_short_prompts_together(tiny_decoder):
+    """As many as a block has room for, less what all of them begin with."""
+    short, long = random_prompts(30, READ_BLOCK)
+    assert together([short]) == (1, 29)
+    assert together([short, short, short]) == (3, 29)
+    assert together([[1, *short]] + [[i, *short] for i in range(2, 100)]) == (READ_BLOCK // 31, 0)
+    assert together([long, short]) == (1, READ_BLOCK - 1)
+    assert together([[*long, 1], [*long, 2, 3], short]) == (2, READ_BLOCK)
+    assert together([[5], [5, 6]]) == (2, 0)
 
 
 @pytest.mark.parametrize("kind", [KVCache, PagedKVCache])
@@ -91,7 +105,7 @@ def test_reader_goes_back_in_its_text(tiny_decoder, kind):
 
 def test_batch_closed_early_lets_go(tiny_decoder):
     run_ = steps(task_of(tiny_decoder(), PROMPTS, batch_size=2))
-    assert next(run_).rows.tolist() == [0]
+    assert next(run_).rows.tolist() == [0, 1]
     run_.close()
     assert list(run_) == []
 

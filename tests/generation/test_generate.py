@@ -75,7 +75,7 @@ def test_generate_finished_rows_cost_nothing(tiny_decoder, monkeypatch):
 
     monkeypatch.setattr(type(model), "forward", counted)
     generate(model, ids, max_new_tokens=12, stop=end)
-    assert batches == [*[(1, 5)] * 4, (4, 1), (4, 1), *[(3, 1)] * 9]
+    assert batches == [(4, 5), (4, 1), (4, 1), *[(3, 1)] * 9]
 
 
 def test_generate_default_stop_is_the_models_end(tiny_decoder):

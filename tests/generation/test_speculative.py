@@ -33,7 +33,7 @@ class Oracle:
         self.stats = Stats()
         self.rows = set()
 
-    def guess(self, row, ids, most):
+    def guess(self, row, ids, most, choose):
         self.rows.add(row)
         done = len(ids) - self.starts[row]
         assert ids[self.starts[row] :] == self.answers[row][:done]
@@ -129,25 +129,27 @@ def test_speculative_own_first_layers_share_everything(tiny_decoder):
         assert torch.equal(short(ids), other(ids))
 
 
-def test_speculative_its_own_guesses_are_all_right(tiny_decoder):
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_speculative_own_guesses_are_all_right(tiny_decoder, temperature):
+    """A model that guesses for itself draws by the run's own numbers, too."""
     model = tiny_decoder()
     [prompt] = random_prompts(9)
     draft = DraftModel(model, 4)
-    run(task_of(model, [prompt], new=31, temperature=0.0, draft=draft))
+    run(task_of(model, [prompt], new=31, temperature=temperature, draft=draft))
     assert (draft.stats.acceptance_rate, draft.stats.tokens_per_pass) == (1.0, 5.0)
 
 
 def test_speculative_lookup_goes_on_as_before():
     draft = LookupDraft(3, longest=2)
     text = [1, 2, 3, 4, 9, 2, 3]
-    assert draft.guess(0, text, 8) == [4, 9, 2]
-    assert draft.guess(0, text, 2) == [4, 9]
-    assert draft.guess(1, [5, 6], 8) == []
-    assert draft.guess(0, [*text, 8, 3], 8) == [8, 3]  # one token, its latest occurrence
-    assert draft.guess(0, [*text, 8, 3, 3, 3], 8) == [3]
-    assert LookupDraft(3, shortest=2).guess(0, [1, 2, 3, 1], 8) == []
+    assert draft.guess(0, text, 8, None) == [4, 9, 2]
+    assert draft.guess(0, text, 2, None) == [4, 9]
+    assert draft.guess(1, [5, 6], 8, None) == []
+    assert draft.guess(0, [*text, 8, 3], 8, None) == [8, 3]  # one token, its latest occurrence
+    assert draft.guess(0, [*text, 8, 3, 3, 3], 8, None) == [3]
+    assert LookupDraft(3, shortest=2).guess(0, [1, 2, 3, 1], 8, None) == []
     draft.forget(0)
-    assert draft.guess(0, [6, 6], 8) == [6]
+    assert draft.guess(0, [6, 6], 8, None) == [6]
 
 
 def test_speculative_refuses(tiny_decoder):

@@ -378,6 +378,48 @@ void exercise_pages(const Kernels& kernels, int64_t T, Dtype dtype) {
   require(kernels.attention_forward(forward), "attention_forward");
 }
 
+// Keys and values in a cache of fewer bits, the last of its places filled now; `paged`: the same memory as pages.
+void exercise_cache(const Kernels& kernels, const Shape& s, KvDtype kv_dtype, bool paged) {
+  const int64_t rows = s.B * s.G * s.S, out_count = s.B * s.H * s.T * s.Dv;
+  const Buffer q(s.B * s.H * s.T * s.D, Dtype::float32), x(s.B * s.G * s.T * (s.D + s.Dv), Dtype::float32);
+  const Buffer out(out_count, Dtype::float32), lse(s.B * s.H * s.T, Dtype::float32);
+  const int64_t bytes = kv_dtype == KvDtype::int8 ? 1 : 2;
+  const std::unique_ptr<char[]> k(new char[size_t(rows * s.D * bytes)]()), v(new char[size_t(rows * s.Dv * bytes)]());
+  const std::unique_ptr<float[]> k_scale(new float[size_t(rows)]()), v_scale(new float[size_t(rows)]());
+  std::vector<int64_t> lengths(size_t(s.B), s.S), table(size_t(s.B));
+  for (int64_t b = 0; b < s.B; ++b) table[size_t(b)] = s.B - 1 - b;
+
+  AttentionForward forward{};
+  AttentionProblem& p = forward.problem;
+  p.B = s.B, p.H = s.H, p.G = s.G, p.T = s.T, p.S = s.S, p.D = s.D, p.Dv = s.Dv;
+  p.q = q, p.k = k.get(), p.v = v.get(), p.k_scale = k_scale.get(), p.v_scale = v_scale.get();
+  p.kv_dtype = kv_dtype;
+  set_contiguous(p.q_strides, s.H, s.T, s.D);
+  set_contiguous(p.k_strides, s.G, s.S, s.D);
+  set_contiguous(p.v_strides, s.G, s.S, s.Dv);
+  set_contiguous(p.k_scale_strides, s.G, s.S, 1);
+  set_contiguous(p.v_scale_strides, s.G, s.S, 1);
+  set_contiguous(forward.out_strides, s.H, s.T, s.Dv);
+  p.scale = 0.1f, p.q_offset = NO_OFFSET, p.causal = true;
+  p.window_left = p.window_right = -1;
+  if (paged) p.page_table = table.data(), p.page_columns = 1, p.page_length = s.S, p.kv_lengths = lengths.data();
+  forward.out = out, forward.lse = lse.floats();
+
+  const auto store = [&](char* to, float* scale, int64_t width, const int64_t (&strides)[3]) {
+    StoreRows store{};
+    store.x = x.floats(), store.B = s.B, store.G = s.G, store.T = s.T, store.D = width;
+    set_contiguous(store.x_strides, s.G, s.T, width);
+    store.y = to + (s.S - s.T) * width * bytes, store.scale = scale + s.S - s.T, store.kv_dtype = kv_dtype;
+    std::memcpy(store.y_strides, strides, sizeof strides);
+    std::memcpy(store.scale_strides, p.k_scale_strides, sizeof p.k_scale_strides);
+    require(kernels.store_rows(store), "store_rows");
+  };
+  store(k.get(), k_scale.get(), s.D, p.k_strides);
+  store(v.get(), v_scale.get(), s.Dv, p.v_strides);
+  require(kernels.attention_forward(forward), "attention_forward");
+  require_numbers(out, out_count, "attention_forward: NaN");
+}
+
 void two_threads(int64_t count, int64_t, Runtime::Body body, void* context) {
   std::thread other([=] { body(0, count / 2, context); });
   body(count / 2, count, context);
@@ -438,6 +480,14 @@ int main() {
       }
       exercise_packed_sequences(kernels, dtype);
       for (const int64_t T : {1, 40}) exercise_pages(kernels, T, dtype);
+    }
+    for (const KvDtype dtype : {KvDtype::bfloat16, KvDtype::int8}) {
+      for (const Shape& shape : std::initializer_list<Shape>{{1, 1, 1, 1, 1, 1, 1},
+                                                             {2, 6, 2, 1, 700, 64, 128},
+                                                             {1, 3, 1, 50, 60, 33, 7},
+                                                             {1, 2, 2, 65, 270, 64, 64}}) {
+        for (const bool paged : {false, true}) exercise_cache(kernels, shape, dtype, paged);
+      }
     }
     std::printf("%s: ran\n", level_name(level));
   }

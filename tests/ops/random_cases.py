@@ -15,6 +15,7 @@ import torch
 from llmcore.dispatch import REGISTRY
 from llmcore.ops.cross_entropy import REDUCTIONS
 from llmcore.ops.packed_weight import FORMATS, GROUPS, pack
+from llmcore.ops.quantize_rows import quantize_rows
 from llmcore.ops.sample import Draw, Sample
 
 EDGES = (1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
@@ -218,7 +219,18 @@ def attention(draw: Draw) -> Sample:
     options = attention_options(draw, (batch, groups * share, length, keys))
     small = ("sinks", "alibi_slopes", "mask")
     keep = tuple(name for name in small if options.get(name) is not None and yes(draw, 0.3))
-    return Sample("attention", tensors, options, keep)
+    sample = Sample("attention", tensors, options, keep)
+    return cached(draw, sample) if yes(draw, 0.3) else sample
+
+
+def cached(draw: Draw, sample: Sample) -> Sample:
+    """The same with keys and values as a cache keeps them."""
+    q, k, v = sample.args
+    if yes(draw):
+        return Sample("bf16 cache", (q, k.bfloat16(), v.bfloat16()), sample.options, (1, 2))
+    (k, k_scale), (v, v_scale) = quantize_rows(k), quantize_rows(v)
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    return Sample("int8 cache", (q, k, v), sample.options | scales, tuple(scales))
 
 
 GENERATORS: dict[str, Callable[[Draw], Sample]] = {

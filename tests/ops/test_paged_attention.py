@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llmcore import ops
+from llmcore.ops.quantize_rows import quantize_rows
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -61,6 +62,29 @@ def test_paged_attention_gives_the_bits_of_attention(
     pages_k, pages_v, table = paged(k, v, lengths, 16)
     got = ops.paged_attention(q, pages_k, pages_v, table, lengths, causal=True)
     assert torch.equal(got, ops.attention(q, k, v, kv_lengths=lengths, causal=True))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("T", [1, 60])
+def test_paged_attention_of_a_cache_gives_the_bits_of_attention(
+    T: int, kind: str, backend: str
+) -> None:
+    q, k, v = (torch.randn(2, h, n, 64) for h, n in ((4, T), (2, 600), (2, 600)))
+    lengths = torch.tensor([600, 259])
+    scales, page_scales = {}, {}
+    if kind == "bf16":
+        k, v = k.bfloat16(), v.bfloat16()
+        pages_k, pages_v, table = paged(k, v, lengths, 16)
+    else:
+        pages_k, pages_v, table = paged(k, v, lengths, 16)
+        (k, scales["k_scale"]), (v, scales["v_scale"]) = quantize_rows(k), quantize_rows(v)
+        pages_k, page_scales["k_scale"] = quantize_rows(pages_k)
+        pages_v, page_scales["v_scale"] = quantize_rows(pages_v)
+    got = ops.paged_attention(q, pages_k, pages_v, table, lengths, causal=True, **page_scales)
+    want = ops.attention(q, k, v, kv_lengths=lengths, causal=True, **scales)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    if backend == "best":
+        assert torch.equal(got, want)
 
 
 def test_paged_attention_sinks_and_alibi() -> None:
@@ -119,6 +143,9 @@ def test_paged_attention_a_page_in_use_must_exist() -> None:
     ops.paged_attention(q, pages, pages, torch.tensor([[0, 3]]), torch.tensor([4]))
 
 
+INT8_PAGES = torch.zeros(6, 2, 4, 8, dtype=torch.int8)
+
+
 @pytest.mark.parametrize(
     ("argument", "change"),
     [
@@ -128,6 +155,8 @@ def test_paged_attention_a_page_in_use_must_exist() -> None:
         ("k_pages: got shape", {"k_pages": torch.randn(6, 2, 0, 8)}),
         ("v_pages: got shape", {"v_pages": torch.randn(5, 2, 4, 8)}),
         ("v_pages: got torch.float16", {"v_pages": torch.randn(6, 2, 4, 8).half()}),
+        ("v_scale: expected None", {"v_scale": torch.ones(6, 2, 4)}),
+        ("k_scale: expected a tensor", {n: INT8_PAGES for n in ("k_pages", "v_pages")}),
         ("page_table: got shape", {"page_table": torch.zeros(3, 2, dtype=torch.int32)}),
         ("page_table: got torch.float32", {"page_table": torch.zeros(2, 2)}),
         ("page_table: expected a tensor", {"page_table": [[0, 1], [2, 3]]}),
