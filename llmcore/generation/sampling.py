@@ -158,7 +158,7 @@ class Sampler:
     def copy(self) -> "Sampler":
         """One that goes on from here in the same way: to look at draws before they are made."""
         twin = Sampler(self._seed)
-        twin._seen, twin._count = self.seen.clone(), self._count
+        twin._seen, twin._count = self.seen.copy(), self._count
         if self._generator is not None:
             twin._generator = torch.Generator()
             twin._generator.set_state(self._generator.get_state())
