@@ -84,7 +84,7 @@ def evaluate(
 @torch.no_grad()
 def _nats(model: Decoder, ids: list[int], first: int) -> float:
     """-log p of the tokens from place `first` on, each from those before it."""
-    device = model.embedding.weight.device
+    device = next(model.parameters()).device
     tokens = torch.tensor([ids], device=device)
     cache = KVCache(model.config, 1, len(ids))
     if first > 1:  # what is only read needs no logits

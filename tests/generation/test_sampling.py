@@ -213,3 +213,17 @@ def test_log_probabilities_are_the_models():
     tokens = torch.tensor([4, 0, 49])
     expected = logits.double().log_softmax(dim=-1)[torch.arange(3), tokens].float()
     torch.testing.assert_close(log_probabilities(logits, tokens), expected)
+
+
+@pytest.mark.parametrize("drawn", [0, 3])
+def test_sampler_copy_goes_on_alike(drawn):
+    """And neither changes the other."""
+    logits = random_logits(1, 300)
+    sampling = Sampling(temperature=1.5, repetition_penalty=1.3)
+    sampler = Sampler(5, [3, 7])
+    for _ in range(drawn):
+        sampling.choose(logits, [sampler])
+    twin = sampler.copy()
+    ahead = [int(sampling.choose(logits, [twin])) for _ in range(20)]
+    assert sampler.seen.tolist() == twin.seen.tolist()[: 2 + drawn]
+    assert [int(sampling.choose(logits, [sampler])) for _ in range(20)] == ahead
