@@ -66,6 +66,7 @@ def test_beam_search_is_that_of_transformers(tiny_decoder, options, count):
             assert trimmed(row, ends) == trimmed(other, ends)
 
 
+@pytest.mark.usefixtures("native_kernels")
 def test_beam_search_of_a_batch_is_each_alone(tiny_decoder):
     model = tiny_decoder(eos_ids=tuple(range(30)))
     ids, mask = prompts()

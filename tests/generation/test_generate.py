@@ -219,6 +219,7 @@ def test_generate_refuses_logits_that_are_not_numbers(tiny_decoder, temperature:
         generate(model, torch.tensor([[1, 2]]), max_new_tokens=1, temperature=temperature, seed=0)
 
 
+@pytest.mark.usefixtures("native_kernels")
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "top_k": 9, "seed": 3}])
 def test_generate_log_probabilities_are_the_models(model, options):
@@ -292,6 +293,7 @@ def test_generate_text_refuses(tiny_decoder, tiny_tokenizer):
         )  # fmt: skip
 
 
+@pytest.mark.usefixtures("native_kernels")
 @pytest.mark.parametrize("width", [1, 6])
 def test_best_of_ranks_what_generate_gives(model, width):
     ids, mask = random_ids(2, width), torch.ones(2, width, dtype=torch.bool)
