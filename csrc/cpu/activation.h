@@ -24,14 +24,19 @@ struct Silu {
   }
 };
 
-// x * Phi(x), to be rounded to T; its slope is Phi(x) + x * exp(-x^2 / 2) / sqrt(2 pi).
+// x * Phi(x), to be rounded to T; its slope is Phi(x) + x * phi(x).
 template <class T>
 struct Gelu {
-  INLINE vec value(vec x) const { return x * normal_of<T>(x).distribution; }
+  INLINE vec value(vec x) const { return value(x, normal_of<T>(x)); }
   INLINE Activated both(vec x) const {
-    const auto [phi, e] = normal_of<T>(x);
-    return {x * phi, fma(x, e * 0.398942280f, phi)};
+    const Normal normal = normal_of<T>(x);
+    const vec distribution = x < 0.0f ? normal.tail : 1.0f - normal.tail;
+    return {value(x, normal), fma(x, normal.density, distribution)};
   }
+
+ private:
+  // max(x, 0) - |x| * Phi(-|x|): for either sign without a difference that cancels.
+  INLINE static vec value(vec x, const Normal& normal) { return fma(-normal.size, normal.tail, max(x, vec{})); }
 };
 
 // x / 2 * (1 + tanh(u)) = x / (1 + exp(-2u)) with 2u = 2 sqrt(2 / pi) * (x + 0.044715 x^3).

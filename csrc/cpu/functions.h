@@ -15,6 +15,14 @@ INLINE vec polynomial(const float (&coefficients)[N], vec x) {
   for (int i = N - 2; i >= 0; --i) p = fma(p, x, broadcast(coefficients[i]));
   return p;
 }
+// The same and x^N behind, which costs an addition instead of another fma.
+template <int N>
+INLINE vec monic_polynomial(const float (&coefficients)[N], vec x) {
+  vec p = x + coefficients[N - 1];
+#pragma GCC unroll 16
+  for (int i = N - 2; i >= 0; --i) p = fma(p, x, broadcast(coefficients[i]));
+  return p;
+}
 
 constexpr float EXP_SERIES[6] = {1.0f, 1.0f, 0.499992315f, 0.166671146f, 4.18901568e-2f, 8.31252016e-3f};
 constexpr float EXP2_SERIES[6] = {1.0f, 0.693146977f, 0.240222418f, 5.550734e-2f, 9.6715339e-3f, 1.32646999e-3f};
@@ -75,41 +83,41 @@ INLINE Sigmoid sigmoid_of(vec x) {
   return {value, x > 0.0f ? e * value : 1.0f - value};
 }
 
-// Of the normal distribution: P(s) / Q(s) = exp(s^2 / 2) * Phi(-s) on [0, 14] and EXP2(f) = 2^f on [-1/2, 1/2], fitted
-// to the least maximal relative error for what the result is rounded to: together 1e-7, or 3e-5 where that is bfloat16.
+// Of the normal distribution with the density phi(s) = exp(-s^2 / 2) / sqrt(2 pi): P(s) / Q(s) = Phi(-s) / phi(s) on
+// [0, 14], both with the leading coefficient 1, and EXP2(f) = 2^f / sqrt(2 pi) on [-1/2, 1/2], fitted to the least
+// maximal relative error for what the result is rounded to: together 1e-7, or 6e-5 where that is bfloat16.
 template <class T>
 struct NormalSeries {
-  static constexpr float P[5] = {0.5f, 0.437250197f, 0.182461292f, 0.0403723717f, 0.00407758262f};
-  static constexpr float Q[6] = {1.0f, 1.67238533f, 1.19928849f, 0.467427671f, 0.101205342f, 0.0102208555f};
-  static constexpr const float (&EXP2)[6] = EXP2_SERIES;
+  static constexpr float P[4] = {103.724915f, 94.7016602f, 40.8485298f, 9.39576817f};
+  static constexpr float Q[5] = {82.7605057f, 141.594406f, 104.187248f, 41.8438225f, 9.39587307f};
+  static constexpr float EXP2[6] = {0.398942322f,  0.276525646f,  0.0958343893f,
+                                    0.0221441425f, 0.0038599826f, 0.000529654615f};
 };
 template <>
 struct NormalSeries<bfloat16> {
-  static constexpr float P[3] = {0.50001204f, 0.278238803f, 0.0625111237f};
-  static constexpr float Q[4] = {1.0f, 1.35511124f, 0.702525258f, 0.156515628f};
-  static constexpr float EXP2[5] = {0.999999285f, 0.693121791f, 0.240247443f, 5.59178628e-2f, 9.57010128e-3f};
+  static constexpr float P[2] = {6.82989359f, 4.12846041f};
+  static constexpr float Q[3] = {5.44914198f, 7.65094805f, 4.13716316f};
+  static constexpr float EXP2[5] = {0.398941994f, 0.276515603f, 0.0958448648f, 0.0223079994f, 0.00381791824f};
 };
 
-// Phi(x) = (1 + erf(x / sqrt(2))) / 2 and exp(-x^2 / 2), which its slope needs. The tail of Phi is a rational function,
-// so that nothing cancels for negative x either. NaN goes through.
+// Phi(-|x|) and phi(x). The tail is a rational function beside phi, so that nothing cancels where it is small; its
+// division waits for nothing that phi does. NaN goes through; what is under 2^-126 may be 0.
 struct Normal {
-  vec distribution, exp_of_minus_half_square;
+  vec size, tail, density;  // size: |x|, or less where the tail is 0
 };
 template <class T>
-INLINE vec exp_of_minus_half(vec square) {
-  if (!HAS_FMA) return exp(square * -0.5f);            // as in exp_not_positive
-  constexpr float SCALE = -0.721347520f;               // exp(-s / 2) = 2^(s * this)
-  const vec clamped = min(broadcast(300.0f), square);  // NaN passes: it is the second operand
-  const vec n = round(clamped * SCALE), f = fma(clamped, broadcast(SCALE), -n);
-  return scale_by_power(polynomial(NormalSeries<T>::EXP2, f), n, square > 174.673089f);
+INLINE vec normal_density(vec square) {
+  if (!HAS_FMA) return exp(square * -0.5f) * 0.398942280f;  // as in exp_not_positive
+  constexpr float SCALE = -0.721347520f;                    // exp(-s / 2) = 2^(s * this)
+  const vec n = round(square * SCALE), f = fma(square, broadcast(SCALE), -n);
+  return scale_by_power(polynomial(NormalSeries<T>::EXP2, f), n, square > 172.6f);
 }
 template <class T>
 INLINE Normal normal_of(vec x) {
   using Series = NormalSeries<T>;
-  const vec size = min(broadcast(14.0f), absolute(x));  // NaN passes: it is the second operand
-  const vec e = exp_of_minus_half<T>(x * x);
-  const vec tail = e * polynomial(Series::P, size) / polynomial(Series::Q, size);
-  return {bits_of<ivec>(x) < 0 ? tail : 1.0f - tail, e};  // by the sign's bit, which needs no comparison
+  const vec size = min(broadcast(15.0f), absolute(x));  // phi(15) is 0; NaN passes: it is the second operand
+  const vec density = normal_density<T>(size * size);
+  return {size, density * (monic_polynomial(Series::P, size) / monic_polynomial(Series::Q, size)), density};
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // gelu: elements over threads, one pass.
 //
-// Forward moves 2 elements and does about 20 operations and a division per element, backward moves 3 and does about 40
+// Forward moves 2 elements and does about 25 operations and a division per element, backward moves 3 and does about 30
 // (exp and a rational function, shorter ones for bfloat16): bound by memory where the data come from there.
 #include "activation.h"
 

@@ -129,11 +129,15 @@ INLINE vec from_bits(hvec h, bfloat16) { return bits_of<vec>(widened(h) << 16); 
 INLINE bool has_subnormals(vec v) { return _mm512_fpclass_ps_mask(__m512(v), 0x20) != 0; }
 #endif
 
-// The bits of a bfloat16 in each lane's upper half: to nearest, ties to even; a NaN is made quiet. The lower half is
-// anything.
-INLINE uvec bfloat16_above(vec v) {
+// The bits of a bfloat16 in each lane's upper half: to nearest, ties to even; the lower half is anything. A NaN may
+// become another value.
+INLINE uvec number_above(vec v) {
   const uvec u = bits_of<uvec>(v);
-  const uvec rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  return u + 0x7fffu + ((u >> 16) & 1u);
+}
+// number_above(v), `rounded`, with the NaN of v, made quiet.
+INLINE uvec with_nan(uvec rounded, vec v) {
+  const uvec u = bits_of<uvec>(v);
 #if defined(__AVX512F__)
   const __mmask16 nan = _mm512_cmp_ps_mask(__m512(v), __m512(v), _CMP_UNORD_Q);
   return uvec(_mm512_mask_or_epi32(__m512i(rounded), nan, __m512i(u), _mm512_set1_epi32(0x400000)));
@@ -146,7 +150,7 @@ INLINE hvec to_bits(vec v, bfloat16) {
 #if defined(__AVX512BF16__)
   if (!has_subnormals(v)) return hvec(_mm512_cvtneps_pbh(__m512(v)));  // which takes them for 0
 #endif
-  const uvec bits = bfloat16_above(v) >> 16;
+  const uvec bits = with_nan(number_above(v), v) >> 16;
 #if defined(__AVX2__) && !defined(__AVX512F__)
   return hvec(_mm_packus_epi32(_mm256_castsi256_si128(__m256i(bits)), _mm256_extracti128_si256(__m256i(bits), 1)));
 #else
@@ -189,12 +193,23 @@ INLINE hvec to_bits(vec v, float16) {
 #endif
 }
 
+// False where neither holds a NaN and asking costs less than minding each lane.
+INLINE bool may_hold_nan(vec a, vec b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(__m256(a), __m256(b), _CMP_UNORD_Q)) != 0;
+#else
+  (void)a, (void)b;
+  return true;
+#endif
+}
+
 // The bits of 2 * LANES values at once, which costs less than twice those of LANES.
 INLINE hpair to_bits(vec a, vec b, bfloat16) {
 #if defined(__AVX512BF16__)
   if (!has_subnormals(a) && !has_subnormals(b)) return hpair(_mm512_cvtne2ps_pbh(__m512(b), __m512(a)));
 #endif
-  const uvec low = bfloat16_above(a), high = bfloat16_above(b);
+  uvec low = number_above(a), high = number_above(b);
+  if (may_hold_nan(a, b)) low = with_nan(low, a), high = with_nan(high, b);
 #if defined(__AVX512F__)
   hpair upper_halves;
   for (int i = 0; i < 2 * LANES; ++i) upper_halves[i] = uint16_t(2 * i + 1);

@@ -172,18 +172,8 @@ def check_out(
         ValueError: another shape or device, not contiguous, or overlapping an input.
         RuntimeError: a gradient is wanted.
     """
-    check_floating(x=like, out=out)
-    check_dtype(like, "x", out=out)
-    check_shape(shape, "the result's shape", out=out)
-    if not out.is_contiguous():
-        raise ValueError(f"out: got strides {tuple(out.stride())}, expected a contiguous tensor")
-    if wants_gradient(out, *inputs):
-        raise RuntimeError(
-            "out: has no gradient, but an input requires one; call without it or in torch.no_grad()"
-        )
-    for tensor in inputs:
-        if tensor is not None and overlap(out, tensor) and not (in_place and same(out, tensor)):
-            raise ValueError("out: overlaps the memory of an input")
+    check_result(out, shape, like, inputs)
+    check_apart((out,), inputs, len(inputs) if in_place else 0)
 
 
 def check_out_pair(
@@ -200,33 +190,73 @@ def check_out_pair(
     if not isinstance(out, tuple | list) or len(out) != 2:
         raise TypeError(f"out: expected a pair of tensors, got {type(out).__name__}")
     for tensor in out:
-        check_out(tensor, shape, like, *inputs)
-        check_out(tensor, shape, like, *inputs[2:], in_place=False)
+        check_result(tensor, shape, like, inputs)
     if out[0] is out[1]:
         raise ValueError("out: got one tensor twice, expected two")
-    if overlap(*out):
+    check_apart(out, inputs, 2)
+
+
+def check_result(
+    out: torch.Tensor,
+    shape: Sequence[int],
+    like: torch.Tensor,
+    inputs: Sequence[torch.Tensor | None],
+) -> None:
+    """What check_out asks of `out` by itself."""
+    fits = (
+        isinstance(out, torch.Tensor)
+        and out.dtype == like.dtype
+        and out.device == like.device
+        and out.shape == shape
+    )
+    if not fits:  # these say why, and cost more
+        check_floating(x=like, out=out)
+        check_dtype(like, "x", out=out)
+        check_shape(shape, "the result's shape", out=out)
+    if not out.is_contiguous():
+        raise ValueError(f"out: got strides {tuple(out.stride())}, expected a contiguous tensor")
+    if wants_gradient(out, *inputs):
+        raise RuntimeError(
+            "out: has no gradient, but an input requires one; call without it or in torch.no_grad()"
+        )
+
+
+def check_apart(
+    outs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor | None], in_place: int
+) -> None:
+    """No memory may be shared, but an out may be one of the first `in_place` inputs as a whole.
+
+    All are on one device; what has no address to be asked for counts as apart.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    spans = [memory(out) for out in outs]
+    if len(outs) == 2 and overlap(*spans):
         raise ValueError("out: the two tensors share memory, expected two apart")
+    for i, tensor in enumerate(inputs):
+        if tensor is None:
+            continue
+        taken = memory(tensor)
+        for out, span in zip(outs, spans, strict=True):
+            if overlap(span, taken) and not (i < in_place and same(out, tensor)):
+                raise ValueError("out: overlaps the memory of an input")
 
 
 def memory(tensor: torch.Tensor) -> tuple[int, int]:
     """The addresses from a tensor's first byte to behind its last; (0, 0) where there are none."""
     plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
-    if not plain or tensor.layout != torch.strided or tensor.numel() == 0:
+    if not plain or tensor.is_meta or tensor.layout != torch.strided or not tensor.nbytes:
         return 0, 0
-    start, last = tensor.data_ptr(), tensor.numel() - 1
-    if not tensor.is_contiguous():
-        last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * tensor.element_size()
 
 
-def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the addresses that two tensors span overlap; False where they cannot be asked."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    if a.device != b.device or a.device.type == "meta":
-        return False
-    (start, stop), (other_start, other_stop) = memory(a), memory(b)
-    return start < other_stop and other_start < stop
+def overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Whether two ranges of addresses have one in common."""
+    return a[0] < b[1] and b[0] < a[1]
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -243,7 +273,7 @@ def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd must record this call."""
     if torch.is_grad_enabled():
         for tensor in tensors:  # a loop, not any(): a generator costs more than all the rest
-            if getattr(tensor, "requires_grad", False):
+            if getattr(tensor, "requires_grad", False):  # what is no tensor is for the checks
                 return True
     return False
 
@@ -286,9 +316,7 @@ def gradients(
 def written(*outs: torch.Tensor) -> None:
     """Tells autograd that a kernel wrote into these, as torch's in-place ops do."""
     if not torch.compiler.is_compiling():
-        for out in outs:
-            if not out.is_inference():
-                torch.autograd.graph.increment_version(out)
+        torch.autograd.graph.increment_version(outs)
 
 
 def into(out: torch.Tensor, kernel: Candidate, *args: Any) -> torch.Tensor:

@@ -80,3 +80,6 @@ def test_out_may_be_the_input_but_not_overlap_it() -> None:
     both = torch.empty(4, 16)
     with pytest.raises(ValueError, match=r"^out"):
         ops.add_rms_norm(expected, expected, torch.ones(16), out=(both, both[:]))
+    row, weight = torch.randn(16), torch.ones(16)
+    with pytest.raises(ValueError, match=r"^out: overlaps"):  # it is read after the sum is written
+        ops.add_rms_norm(row, row, weight, out=(torch.empty(16), weight))
