@@ -46,6 +46,9 @@ from llmcore.ops.sample import Draw, Sample
 TORCH_ROWS = 128
 """From so many rows of bfloat16 on torch's product is the faster."""
 
+HAS_BFLOAT16_PAIRS = device.best_cpu_level() == "avx512_bf16"
+"""Whether this machine has an instruction for products of bfloat16."""
+
 SMALLEST = 2.0**-100
 """A group of x below it counts as zeros: 127 over its largest magnitude must be finite."""
 
@@ -227,7 +230,7 @@ def torch_refuses(
     reasons = native.refuses_tensors(x, weight, bias, dtypes=(torch.float32, torch.bfloat16))
     if bias is not None and bias.dtype != x.dtype:
         reasons.append(f"bias in {bias.dtype} beside {x.dtype}: torch takes one dtype")
-    if x.dtype == torch.bfloat16 and device.best_cpu_level() != "avx512_bf16":
+    if x.dtype == torch.bfloat16 and not HAS_BFLOAT16_PAIRS:
         reasons.append("bfloat16: this machine lacks avx512_bf16, and the native kernel is faster")
     if dispatch.forced == "torch":
         return reasons

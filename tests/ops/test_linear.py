@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import llmcore
 from llmcore import native, ops
 from llmcore.dispatch import REGISTRY, Candidate
-from llmcore.ops.linear import TORCH_ROWS, rounded_to_int8
+from llmcore.ops.linear import HAS_BFLOAT16_PAIRS, TORCH_ROWS, rounded_to_int8
 from llmcore.ops.packed_weight import FORMATS, PackedWeight, from_integers
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -77,11 +77,21 @@ def test_linear_many_rows_of_bfloat16_are_torchs() -> None:
         return explanation.chosen
 
     here, weight = chosen(2, torch.randn(9, 64), torch.float32), torch.randn(9, 64).bfloat16()
-    pairs = here == "cpu" and llmcore.device.best_cpu_level() == "avx512_bf16"
+    pairs = here == "cpu" and HAS_BFLOAT16_PAIRS
     assert chosen(TORCH_ROWS, weight, torch.bfloat16) == ("torch" if pairs else here)
     assert chosen(TORCH_ROWS - 2, weight, torch.bfloat16) == here
     assert chosen(TORCH_ROWS, weight.float(), torch.float32) == here
     assert chosen(TORCH_ROWS, llmcore.pack(weight, "bf16"), torch.bfloat16) == here
+
+
+def test_linear_many_rows_of_bfloat16_compile_fullgraph() -> None:
+    leaves = [torch.randn(n, 64).bfloat16().requires_grad_() for n in (TORCH_ROWS, 9)]
+    torch._dynamo.reset()
+    results = []
+    for function in (ops.linear, torch.compile(ops.linear, fullgraph=True, backend="aot_eager")):
+        y = function(*leaves)
+        results.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y))))
+    torch.testing.assert_close(*results)
 
 
 def test_linear_by_torch_takes_out_and_gives_gradients() -> None:
