@@ -214,7 +214,8 @@ class HuggingFace(Stepping):
             for layer in self.cache.layers:
                 layer.cumulative_length.fill_(self.job.context)
         elif self.job.context:
-            self.cache.crop(self.job.context)
+            # Negative: how many tokens to drop.
+            self.cache.crop(self.job.context - self.cache.get_seq_length())
         else:
             self.begin(self.job)
 

@@ -114,3 +114,22 @@ def test_bench_generate_command(
 def test_bench_generate_sees_the_native_calls() -> None:
     found = bench_generate.outside_of(engines.Llmcore(tiny(), "fp32"), tokens=4, rounds=1)
     assert 0 < found.outside < found.step
+
+
+@needs_native
+def test_bench_generate_hugging_face_returns_to_its_context() -> None:
+    pytest.importorskip("transformers")
+    from llmcore.models.convert import to_transformers
+
+    model, ids = tiny(), DECODE.ids(64)
+    stock = engines.HuggingFace(to_transformers(model), "fp32")
+    with torch.no_grad():
+        gold = engines.Llmcore(model, "fp32").prepare(DECODE, ids)
+        first, again = stock.prepare(DECODE, ids), None
+        for _ in range(2):
+            stock.seconds()
+            assert stock.cache.get_seq_length() == DECODE.context
+            again = stock.logits(stock.step(stock.pieces[0]))
+            stock.rewind()
+    assert gold is not None and first is not None and again is not None
+    assert torch.equal(first, again) and bench_generate.likeness(first, gold) > 0.999
