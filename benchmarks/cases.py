@@ -133,6 +133,8 @@ def benches() -> dict[str, Bench]:
     found = {}
     for module in pkgutil.iter_modules(llmcore.benchmarks.__path__):
         if module.name.startswith("bench_"):
-            bench = importlib.import_module(f"llmcore.benchmarks.{module.name}").BENCH
-            found[bench.op] = bench
+            loaded = importlib.import_module(f"llmcore.benchmarks.{module.name}")
+            bench = getattr(loaded, "BENCH", None)  # bench_generate.py is of whole models
+            if bench is not None:
+                found[bench.op] = bench
     return found

@@ -12,7 +12,7 @@ import torch
 
 from llmcore import native
 
-from . import machine, overhead, plot, report, roofline, table
+from . import bench_generate, machine, overhead, plot, report, roofline, table
 from .cases import DTYPES, Case, benches, cases
 from .contest import Settings, hold
 from .timing import QUICK, TABLE, Plan
@@ -22,6 +22,9 @@ EXTRAS = ("roofline", "overhead")
 
 OPS = "ops"
 """The name of the table of figures to reach; ops named beside it choose its rows."""
+
+GENERATE = "generate"
+"""The name of the whole models' table; it stands alone."""
 
 
 def parts(known: tuple[str, ...], what: str) -> Callable[[str], tuple[str, ...]]:
@@ -53,7 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="OP",
         help=f"which of {known} (default: all); or {OPS}: the table of the figures to reach, in a "
-        f"quarter of an hour (of some ops: {OPS} linear rope)",
+        f"quarter of an hour (of some ops: {OPS} linear rope); or {GENERATE}: tokens a second of a "
+        "whole model against other libraries",
+    )
+    parser.add_argument(
+        "--shape",
+        choices=bench_generate.SHAPES,
+        default=bench_generate.SMOLLM2,
+        help=f"of {GENERATE}: SmolLM2-135M, or a random Llama of half a billion weights",
     )
     parser.add_argument("--quick", action="store_true", help="few shapes, about two minutes")
     parser.add_argument(
@@ -86,9 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, writes; 1 when a kernel of ours fails the yardstick, 2 for a wrong name."""
     known = (OPS, *benches(), *EXTRAS)
+    if args.ops == [GENERATE]:
+        print_machine(machine.describe())
+        return bench_generate.run(args, (args.threads or (machine.cores(),))[0])
     unknown = [name for name in args.ops if name not in known]
     if unknown:
-        print(f"ops: got {unknown[0]!r}, expected one of {', '.join(known)}")
+        print(f"ops: got {unknown[0]!r}, expected one of {', '.join((*known, GENERATE))}")
         return 2
     chosen = args.ops or list(known[1:])
     threads = args.threads or ((machine.cores(),) if args.quick else (machine.cores(), 1))

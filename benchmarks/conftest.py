@@ -36,7 +36,8 @@ class BenchFile(pytest.File):
 
 
 def is_bench(path: Path) -> bool:
-    return path.suffix == ".py" and path.stem.startswith("bench_")
+    is_named_so = path.suffix == ".py" and path.stem.startswith("bench_")
+    return is_named_so and path.stem != "bench_generate"  # of whole models: a command only
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:

@@ -1,0 +1,563 @@
+"""`llmcore bench generate`: tokens a second of a whole model, against those who run it too.
+
+Decoding for one sequence after a short and after a long context, for eight at once, and reading a
+prompt; llmcore in every width of weights, the others in those that they have. Everybody takes turns
+in one process, on the same ids, round by round, and so does the probe of the read bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcore import native
+from llmcore.generate import generate
+from llmcore.models import Decoder, TransformerConfig
+from llmcore.models.convert import to_transformers
+from llmcore.models.files import load
+from llmcore.models.packed import pack_weights
+from llmcore.models.smollm2 import cache_folder
+
+from . import contest, engines, machine, other_engines, plot, roofline, timing
+from .contest import QUIET, rested
+from .engines import HUGGING_FACE, LLAMA_CPP, OURS, WIDTHS, Engine, Job, Llmcore
+
+SMOLLM2, HALF_BILLION = "smollm2", "0.5b"
+SHAPES = (SMOLLM2, HALF_BILLION)
+"""What can be run: SmolLM2-135M, or a random Llama of half a billion weights."""
+
+HALF_BILLION_CONFIG = TransformerConfig(
+    vocab_size=151936,
+    width=896,
+    layers=24,
+    heads=14,
+    kv_heads=2,
+    head_width=64,
+    feed_forward=4864,
+    context_length=2048,
+)
+
+AFTER_32 = Job("decode after 32", 1, 32, 1, 16)
+AFTER_1024 = Job("decode after 1024", 1, 1024, 1, 16)
+EIGHT = Job("decode of 8 after 32", 8, 32, 1, 8)
+PREFILL = Job("prefill of 512", 1, 0, 512, 1)
+JOBS = (AFTER_32, AFTER_1024, EIGHT, PREFILL)
+
+LLAMA_RATIOS = {"fp32": 1.0, "bf16": 1.25, "int8": 1.4, "int4": 1.3}
+"""What decoding for one sequence is to reach, in times llama.cpp of the same width."""
+
+EAGER_RATIOS = {"int8": 8.0, "int4": 11.0}
+"""The same, in times Hugging Face eager in float32."""
+
+PREFILL_RATIO = 1.5
+"""Of prefill, in times the best of all peers of any width."""
+
+OUTSIDE = 0.1
+"""The part of a token's time that may pass outside of the native call."""
+
+LIKE = 0.5
+"""The correlation of an engine's logits with ours in float32 from which on it runs the same model.
+
+It is to find wrong weights or rotations, which leave next to none, not coarse rounding: llama.cpp's
+Q4_0 has 0.83 on eight rows of random ids, and is the fastest peer at four bits."""
+
+READ_BYTES, READS = 256 << 20, 4
+"""Of one call of the probe, and how many calls are a turn."""
+
+FORMAT = 1
+"""Of the JSON; goes up when a field changes its meaning."""
+
+SHADES = {
+    OURS: contest.OURS,
+    HUGGING_FACE: contest.TORCH,
+    LLAMA_CPP: contest.OTHERS,
+    engines.OTHERS: contest.DEFINITION,
+}
+"""A side's colour is that of this side of plot.COLOURS."""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """As many rounds as fit into `total` seconds for a job, within these bounds."""
+
+    total: float = 30.0
+    fewest: int = 5
+    most: int = 9
+
+
+QUICK = Rounds(0.0, 2, 2)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One engine at one job: seconds of a pass by rounds, or why there are none."""
+
+    name: str
+    side: str
+    width: str
+    seconds: tuple[float, ...] = ()
+    why_not: str = ""
+    likeness: float | None = None
+
+    @property
+    def median(self) -> float:
+        return timing.quantile(self.seconds, 0.5) if self.seconds else float("inf")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A job: everybody's speed, and this machine's limits in the same minutes (None: unknown)."""
+
+    job: Job
+    speeds: list[Speed]
+    read: float | None = None
+    peaks: dict[str, float] = field(default_factory=dict)
+    cores: float | None = None
+
+    @property
+    def is_noisy(self) -> bool:
+        return self.cores is not None and self.cores < QUIET
+
+    def rate(self, speed: Speed) -> float:
+        """Tokens a second."""
+        return self.job.tokens / speed.median
+
+    def best(self, *sides: str, width: str | None = None, name: str = "") -> Speed | None:
+        """The fastest that was timed of these sides, of a width, with a name that begins so."""
+        found = [
+            speed
+            for speed in self.speeds
+            if speed.seconds
+            and speed.side in sides
+            and width in (None, speed.width)
+            and speed.name.startswith(name)
+        ]
+        return min(found, key=lambda speed: speed.median, default=None)
+
+
+PEERS = (HUGGING_FACE, LLAMA_CPP, engines.OTHERS)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table: one width of ours at one job; ratios are None where a peer is missing."""
+
+    outcome: Outcome
+    ours: Speed
+    share: float | None
+
+    @property
+    def peer(self) -> Speed | None:
+        return self.outcome.best(*PEERS, width=self.ours.width)
+
+    def against(self, peer: Speed | None) -> float | None:
+        return peer.median / self.ours.median if peer and self.ours.seconds else None
+
+    @property
+    def ratios(self) -> dict[str, float | None]:
+        """To the best peer of the same width, llama.cpp's best, eager float32, the best of all."""
+        best, width = self.outcome.best, self.ours.width
+        return {
+            "peer": self.against(self.peer),
+            "llama.cpp": self.against(best(LLAMA_CPP, width=width)),
+            "HF eager": self.against(best(HUGGING_FACE, width="fp32", name="HF eager")),
+            "all": self.against(best(*PEERS)),
+        }
+
+    @property
+    def goals(self) -> dict[str, float]:
+        """The ratios to reach."""
+        job, width = self.outcome.job, self.ours.width
+        if job.is_prefill:
+            return {"all": PREFILL_RATIO}
+        if job.batch > 1:
+            return {}
+        eager = {"HF eager": EAGER_RATIOS[width]} if width in EAGER_RATIOS else {}
+        return {"llama.cpp": LLAMA_RATIOS[width], **eager}
+
+    @property
+    def reached(self) -> bool | None:
+        """None: nothing is asked, or a peer is missing."""
+        ratios = [(self.ratios[name], goal) for name, goal in self.goals.items()]
+        if not ratios or any(ratio is None for ratio, _ in ratios):
+            return None
+        return all(ratio is not None and ratio >= goal for ratio, goal in ratios)
+
+    def as_json(self) -> dict[str, Any]:
+        outcome = self.outcome
+        return {
+            "job": outcome.job.name,
+            "width": self.ours.width,
+            "tokens_per_s": outcome.rate(self.ours),
+            "share_of_limit": self.share,
+            "ratios": self.ratios,
+            "goals": self.goals,
+            "reached": self.reached,
+            "noisy": outcome.is_noisy,
+        }
+
+
+def ours_in(model: Decoder) -> Iterator[Llmcore]:
+    """The model in every width."""
+    yield Llmcore(model, "fp32")
+    for width in WIDTHS[1:]:
+        packed = copy.deepcopy(model)
+        pack_weights(packed, width)
+        yield Llmcore(packed, width)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Someone who may take part; `make` fails where a library is missing."""
+
+    name: str
+    side: str
+    width: str
+    make: Callable[[], Engine]
+
+
+def peers_of(model: Decoder, folder: Path, stock_folder: Path | None, compiles: bool) -> list[Peer]:
+    """All peers; CTranslate2 converts a folder with a tokenizer, where there is one."""
+
+    def hugging_face(dtype: torch.dtype, width: str, compiled: bool) -> Engine:
+        stock = to_transformers(model).to(dtype)
+        return engines.HuggingFace(stock, width, compiled=compiled)
+
+    found = [
+        Peer(f"HF eager {width}", HUGGING_FACE, width, partial(hugging_face, dtype, width, False))
+        for dtype, width in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))
+    ]
+    if compiles:
+        make = partial(hugging_face, torch.float32, "fp32", True)
+        found.append(Peer("HF compiled, static cache fp32", HUGGING_FACE, "fp32", make))
+    for format, width in other_engines.GGUF_WIDTHS.items():
+        llama = partial(other_engines.LlamaCpp, model, folder, format)
+        found.append(Peer(f"llama.cpp {format}", LLAMA_CPP, width, llama))
+    if stock_folder is not None:
+        for format, width in other_engines.CTRANSLATE2_WIDTHS.items():
+            translate = partial(other_engines.CTranslate2, stock_folder, folder, format)
+            found.append(Peer(f"CTranslate2 {format}", engines.OTHERS, width, translate))
+    return found
+
+
+def line_up(peers: Sequence[Peer]) -> tuple[list[Engine], dict[str, str]]:
+    """Who could be made, and why the others could not."""
+    made, missing = [], dict(other_engines.ABSENT)
+    for peer in peers:
+        try:
+            made.append(peer.make())
+        except Exception as error:  # the run says it and goes on
+            missing[peer.name] = reason(error)
+    return made, missing
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def likeness(a: Tensor, b: Tensor) -> float:
+    """The correlation of two sets of logits."""
+    return float(torch.corrcoef(torch.stack((a.flatten().double(), b.flatten().double())))[0, 1])
+
+
+@torch.no_grad()
+def hold(job: Job, line: Sequence[Engine], vocabulary: int, rounds: Rounds) -> Outcome:
+    """Everybody at one job; the first of the line is ours in float32, which the others must be."""
+    ids = job.ids(vocabulary)
+    speeds, ready, gold = [], [], None
+    for engine in line:
+        speed = Speed(engine.name, engine.side, engine.width)
+        try:
+            with rested(engine.rest):
+                logits = engine.prepare(job, ids)
+                engine.seconds()  # warm
+        except Exception as error:
+            speeds.append(dataclasses.replace(speed, why_not=reason(error)))
+            engine.close()
+            continue
+        gold = logits if gold is None else gold
+        like = None if logits is None or gold is None else likeness(logits, gold)
+        speeds.append(dataclasses.replace(speed, likeness=like))
+        if like is not None and not like >= LIKE:
+            why_not = f"its logits have a correlation of {like:.3f} with llmcore's"
+            speeds[-1] = dataclasses.replace(speeds[-1], why_not=why_not)
+            continue
+        ready.append((len(speeds) - 1, engine))
+    outcome = timed(job, ready, speeds, rounds)
+    for engine in line:
+        engine.close()
+    return outcome
+
+
+def timed(
+    job: Job, ready: Sequence[tuple[int, Engine]], speeds: list[Speed], rounds: Rounds
+) -> Outcome:
+    """The rounds; the probe of the read bandwidth is one of those who take turns."""
+    has_native = native.module is not None
+    read = roofline.read(READ_BYTES) if has_native else None
+    seconds: list[list[float]] = [[] for _ in ready]
+    reads: list[float] = []
+    before = roofline.cores_had() if has_native else None
+    start, number = time.perf_counter(), 0
+    with timing.no_collection():
+        while number < rounds.fewest or (
+            number < rounds.most and time.perf_counter() - start < rounds.total
+        ):
+            for i in timing.turns(len(ready) + 1, number):
+                if i < len(ready):
+                    engine = ready[i][1]
+                    with rested(engine.rest):
+                        seconds[i].append(engine.seconds())
+                elif read is not None:
+                    reads += [clocked(read.call) for _ in range(READS)]
+            number += 1
+    for (place, _), found in zip(ready, seconds, strict=True):
+        speeds[place] = dataclasses.replace(speeds[place], seconds=tuple(found))
+    cores = min(before, roofline.cores_had()) if before is not None else None
+    rate = read.amount / timing.quantile(reads, 0.5) if read is not None else None
+    return Outcome(job, speeds, rate, peaks() if job.is_prefill and has_native else {}, cores)
+
+
+def peaks() -> dict[str, float]:
+    """Operations a second in those widths that have a probe."""
+    found = {}
+    for width, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        probe = roofline.peak(dtype)
+        found[width] = probe.amount / min(clocked(probe.call) for _ in range(20))
+    return found
+
+
+def clocked(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def lines_of(outcome: Outcome, ours: Sequence[Llmcore]) -> list[Line]:
+    """A line for each of our widths; its share is of the reads, of prefill of the arithmetic."""
+    found = []
+    speeds = {speed.name: speed for speed in outcome.speeds}
+    for engine in ours:
+        speed = speeds[engine.name]
+        peak, need = outcome.read, engine.bytes_of(outcome.job)
+        if outcome.job.is_prefill:
+            peak, need = outcome.peaks.get(engine.width), engine.operations_of(outcome.job)
+        share = need / speed.median / peak if peak else None
+        found.append(Line(outcome, speed, share))
+    return found
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A token of llmcore.generate, in seconds: all of it, and what is not the native call."""
+
+    width: str
+    step: float
+    outside: float
+
+    @property
+    def share(self) -> float:
+        return self.outside / self.step
+
+
+def outside_of(engine: Llmcore, tokens: int = 48, rounds: int = 5) -> Outside:
+    """Medians of some calls of generate, greedy, after 32 tokens; reading these counts as a step.
+
+    What the native call does besides its kernels is not in it.
+    """
+    ids = AFTER_32.ids(engine.model.config.vocab_size)[:, : AFTER_32.context]
+    steps, outsides = [], []
+    for _ in range(rounds + 1):
+        with engines.native_seconds() as calls:
+            seconds = clocked(partial(generate, engine.model, ids, max_new_tokens=tokens, stop=()))
+        outside = (seconds - sum(calls)) / len(calls)
+        steps.append((seconds - calls[0]) / (len(calls) - 1))
+        outsides.append(outside)
+    return Outside(engine.width, *(timing.quantile(s[1:], 0.5) for s in (steps, outsides)))
+
+
+TITLE = (
+    f"{'tokens/s':<28}{'ours':>8}{'of limit':>10}  {'best peer of the width':<40}{'ratio':>7}"
+    f"{'llama.cpp':>11}{'HF eager':>10}{'any peer':>10}  {'to reach':<30}reached"
+)
+
+
+def text_of(line: Line) -> str:
+    outcome, peer = line.outcome, line.peer
+    named = f"{peer.name} {outcome.rate(peer):.1f}" if peer else "none"
+    share = "?" if line.share is None else f"{100 * line.share:.0f} %"
+    cells = {n: "?" if r is None else f"{r:.2f}x" for n, r in line.ratios.items()}
+    goals = ", ".join(f"{goal:g}x {name}" for name, goal in line.goals.items()) or "-"
+    word = {None: "?" if line.goals else "-", True: "yes", False: "NO"}[line.reached]
+    return (
+        f"{outcome.job.name + ' ' + line.ours.width:<28}{outcome.rate(line.ours):>8.1f}{share:>10}"
+        f"  {named:<40}{cells['peer']:>7}{cells['llama.cpp']:>11}{cells['HF eager']:>10}"
+        f"{cells['all']:>10}  {goals:<30}{word}{'  NOISY' if outcome.is_noisy else ''}"
+    )
+
+
+def everybody(outcome: Outcome) -> Iterator[str]:
+    """All engines at a job, ours and others'."""
+    read = "" if outcome.read is None else f"; read {outcome.read / 1e9:.1f} GB/s"
+    yield f"{outcome.job.name}{read}"
+    for speed in outcome.speeds:
+        if not speed.seconds:
+            yield f"    {speed.name:<34}not timed: {speed.why_not}"
+            continue
+        low, high = (outcome.job.tokens / timing.quantile(speed.seconds, q) for q in (0.75, 0.25))
+        like = "" if speed.likeness is None else f"   logits {speed.likeness:.4f}"
+        rate = f"{outcome.rate(speed):>8.1f} ({low:.1f}-{high:.1f})"
+        yield f"    {speed.name:<34}{rate:<28}{len(speed.seconds)} rounds{like}"
+
+
+def outside_text(found: Outside) -> str:
+    word = "yes" if found.share <= OUTSIDE else "NO"
+    return (
+        f"    {found.width:<8}{1e3 * found.step:>8.2f} ms a token, {1e3 * found.outside:.3f} ms "
+        f"({100 * found.share:.1f} %) outside of the native call; at most {100 * OUTSIDE:.0f} %: "
+        f"{word}"
+    )
+
+
+def model_of(shape: str) -> tuple[Decoder, Any]:
+    """The model in float32, and its tokenizer if it has one."""
+    if shape == SMOLLM2:
+        return load("smollm2")
+    torch.manual_seed(0)
+    return Decoder(HALF_BILLION_CONFIG).eval(), None
+
+
+@contextlib.contextmanager
+def place_for(shape: str) -> Iterator[Path]:
+    """Where peers' files go: SmolLM2's are kept, those of random weights are not."""
+    if shape == SMOLLM2:
+        yield cache_folder() / "bench-smollm2"
+        return
+    with tempfile.TemporaryDirectory(prefix="llmcore-bench-") as folder:
+        yield Path(folder)
+
+
+def stock_folder(model: Decoder, tokenizer: Any, folder: Path) -> Path | None:
+    """The model as a Hugging Face folder with its tokenizer; None where that cannot be."""
+    if tokenizer is None:
+        return None
+    path = folder / "transformers"
+    with contextlib.suppress(ImportError):
+        if not path.exists():
+            with other_engines.whole(path) as part:
+                to_transformers(model).save_pretrained(part)
+                tokenizer.save(part)
+    return path if path.exists() else None
+
+
+@dataclass
+class Found:
+    """Everything that one run measured."""
+
+    settings: dict[str, Any]
+    machine: dict[str, Any] = field(default_factory=machine.describe)
+    outcomes: list[Outcome] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
+    outside: list[Outside] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.as_json(), indent=1) + "\n")
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "machine": self.machine,
+            "settings": self.settings,
+            "missing": self.missing,
+            "jobs": [dataclasses.asdict(outcome) for outcome in self.outcomes],
+            "table": [line.as_json() for line in self.lines],
+            "outside": [{**dataclasses.asdict(o), "share": o.share} for o in self.outside],
+        }
+
+
+def measure(found: Found, shape: str, rounds: Rounds, compiles: bool) -> None:
+    """Fills `found`, printing as it goes."""
+    model, tokenizer = model_of(shape)
+    ours = list(ours_in(model))
+    with place_for(shape) as folder:
+        peers = peers_of(model, folder, stock_folder(model, tokenizer, folder), compiles)
+        others, found.missing = line_up(peers)
+        for name, why in found.missing.items():
+            print(f"    {name} takes no part: {why}", flush=True)
+        for job in JOBS:
+            outcome = hold(job, [*ours, *others], model.config.vocab_size, rounds)
+            found.outcomes.append(outcome)
+            found.lines += lines_of(outcome, ours)
+            print("", *everybody(outcome), sep="\n", flush=True)
+    if native.module is not None:
+        print("\nA token of llmcore.generate, after 32", flush=True)
+        for engine in ours:
+            found.outside.append(outside_of(engine))
+            print(outside_text(found.outside[-1]), flush=True)
+
+
+def run(args: argparse.Namespace, threads: int) -> int:
+    """The command; what an interrupted run has measured is kept."""
+    compiles = not (args.no_compile or args.quick)
+    rounds = QUICK if args.quick else Rounds()
+    found = Found({**dataclasses.asdict(rounds), "shape": args.shape, "threads": threads})
+    print(f"\n{args.shape}, {threads} threads; medians (quartiles) of rounds", flush=True)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        measure(found, args.shape, rounds, compiles)
+    finally:
+        torch.set_num_threads(before)
+        print("", TITLE, *map(text_of, found.lines), sep="\n")
+        asked = [line.reached for line in found.lines if line.goals]
+        unknown = asked.count(None)
+        print(f"{asked.count(True)} of {len(asked)} rows reach their figures, {unknown} unknown")
+        path = args.json or machine.results_file()
+        found.write(path)
+        print(f"\nresults: {path}")
+        print(draw(found, args.plot or path.with_suffix(".png")))
+    return 0
+
+
+def draw(found: Found, path: Path) -> str:
+    """A panel of bars for each job, everybody's tokens a second; what became of it."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return "no plot: matplotlib is not installed (pip install 'llmcore[bench]')"
+    outcomes = [o for o in found.outcomes if any(speed.seconds for speed in o.speeds)]
+    if not outcomes:
+        return "no plot: nothing was timed"
+    figure, axes = pyplot.subplots(
+        1, len(outcomes), figsize=(5 * len(outcomes), 5), layout="constrained", squeeze=False
+    )
+    for axis, outcome in zip(axes[0], outcomes, strict=True):
+        timed = [speed for speed in outcome.speeds if speed.seconds]
+        shades = [plot.COLOURS[SHADES[speed.side]][0] for speed in timed]
+        bars = axis.barh([s.name for s in timed], [outcome.rate(s) for s in timed], color=shades)
+        axis.bar_label(bars, fmt="%.0f", fontsize=6)
+        axis.invert_yaxis()
+        axis.tick_params(labelsize=6)
+        axis.set_title(f"{outcome.job.name}, tokens/s", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return f"plot: {path}"

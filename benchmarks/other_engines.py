@@ -1,0 +1,222 @@
+"""llama.cpp and CTranslate2, for whoever has them installed.
+
+Each runs a model of ours on as many threads as torch does. What they need on disk is made once, and
+a file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from llmcore.models import Decoder
+from llmcore.models.convert import GGUF_LLAMA, to_theirs
+
+from .engines import LLAMA_CPP, OTHERS, Engine, Job, Stepping
+
+GGUF_WIDTHS = {"F32": "fp32", "BF16": "bf16", "Q8_0": "int8", "Q4_0": "int4", "Q4_1": "int4"}
+"""llama.cpp's formats, and how wide a weight is in them."""
+
+CTRANSLATE2_WIDTHS = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
+
+REST = 0.02
+"""Seconds after a turn: GNU's OpenMP, which llama.cpp and CTranslate2 use, spins for some
+milliseconds."""
+
+
+@contextlib.contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """A place beside `target` to write a file or a folder to, which then becomes `target`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=target.parent) as folder:
+        part = Path(folder) / target.name
+        yield part
+        os.replace(part, target)
+
+
+def write_gguf(model: Decoder, path: Path) -> None:
+    """The model's float32 weights, without a vocabulary: it is fed with ids."""
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.layers)
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.width)
+    writer.add_feed_forward_length(config.feed_forward)
+    writer.add_head_count(config.heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_key_length(config.head_width)
+    writer.add_value_length(config.head_width)
+    writer.add_rope_dimension_count(config.head_width)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    for name, tensor in to_theirs(model, GGUF_LLAMA).items():
+        writer.add_tensor(name, tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_file(model: Decoder, folder: Path, format: str) -> Path:
+    """The model in one of GGUF_WIDTHS, in this folder; quantised by llama.cpp itself."""
+    path = folder / f"{format}.gguf"
+    if path.exists():
+        return path
+    if format == "F32":
+        with whole(path) as part:
+            write_gguf(model, part)
+        return path
+    import llama_cpp
+
+    source = gguf_file(model, folder, "F32")
+    name = f"LLAMA_FTYPE_MOSTLY_{format}"
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = getattr(llama_cpp, name)
+    parameters.nthread = torch.get_num_threads()
+    with whole(path) as part:
+        status = llama_cpp.llama_model_quantize(
+            os.fsencode(source), os.fsencode(part), ctypes.byref(parameters)
+        )
+        if status:
+            raise RuntimeError(f"llama.cpp could not make {path.name} (status {status})")
+    return path
+
+
+class LlamaCpp(Stepping):
+    """llama.cpp through llama-cpp-python, by its C interface: nothing of Python in a pass."""
+
+    side, rest = LLAMA_CPP, REST
+
+    def __init__(self, model: Decoder, folder: Path, format: str) -> None:
+        import llama_cpp
+
+        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+        self.library: Any = llama_cpp
+        self.name, self.width = f"llama.cpp {format}", GGUF_WIDTHS[format]
+        self.vocabulary = model.config.vocab_size
+        path = gguf_file(model, folder, format)
+        parameters = llama_cpp.llama_model_default_params()
+        self.model: Any = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
+        if not self.model:
+            raise RuntimeError(f"llama.cpp could not load {path}")
+        self.context: Any = None
+        self.position = 0
+
+    def begin(self, job: Job) -> None:
+        parameters = self.library.llama_context_default_params()
+        parameters.n_seq_max = job.batch
+        parameters.n_ctx = job.batch * (-(-job.length // 256) * 256)
+        parameters.n_batch = parameters.n_ubatch = max(512, job.batch * job.context)
+        parameters.n_threads = parameters.n_threads_batch = torch.get_num_threads()
+        self.context = self.library.llama_init_from_model(self.model, parameters)
+        if not self.context:
+            raise RuntimeError("llama.cpp could not make a context")
+        self.memory = self.library.llama_get_memory(self.context)
+        self.batch = self.library.llama_batch_init(parameters.n_batch, 0, 1)
+        self.position = 0
+
+    def step(self, ids: Tensor) -> None:
+        rows, new = ids.shape
+        batch = self.batch
+        batch.n_tokens = rows * new
+        for i, token in enumerate(ids.flatten().tolist()):
+            batch.token[i] = token
+            batch.pos[i] = self.position + i % new
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = i // new
+            batch.logits[i] = i % new == new - 1
+        status = self.library.llama_decode(self.context, batch)
+        if status:
+            raise RuntimeError(f"llama_decode says {status}")
+        self.library.llama_synchronize(self.context)
+        self.position += new
+        self.last = [(row + 1) * new - 1 for row in range(rows)]
+
+    def rewind(self) -> None:
+        self.library.llama_memory_seq_rm(self.memory, -1, self.job.context, -1)
+        self.position = self.job.context
+
+    def logits(self, result: None) -> Tensor:
+        rows = []
+        for last in self.last:
+            at = self.library.llama_get_logits_ith(self.context, last)
+            rows.append(numpy.ctypeslib.as_array(at, (self.vocabulary,)).copy())
+        return torch.from_numpy(numpy.stack(rows))
+
+    def close(self) -> None:
+        if self.context:
+            self.library.llama_batch_free(self.batch)
+            self.library.llama_free(self.context)
+            self.context = None
+
+
+class CTranslate2(Engine):
+    """CTranslate2's Generator, timed from token to token: it has no passes to be called."""
+
+    side, rest = OTHERS, REST
+
+    def __init__(self, stock_folder: Path, folder: Path, format: str) -> None:
+        import ctranslate2
+
+        self.name, self.width = f"CTranslate2 {format}", CTRANSLATE2_WIDTHS[format]
+        path = folder / f"ctranslate2-{format}"
+        if not path.exists():
+            with whole(path) as part:
+                converter = ctranslate2.converters.TransformersConverter(str(stock_folder))
+                converter.convert(str(part), quantization=format)
+        threads = torch.get_num_threads()
+        self.generator = ctranslate2.Generator(
+            str(path), compute_type=format, inter_threads=1, intra_threads=threads
+        )
+        self.tokens = json.loads((path / "vocabulary.json").read_text())
+
+    def prepare(self, job: Job, ids: Tensor) -> None:
+        self.job = job
+        prompt = ids[:, : job.new if job.is_prefill else job.context]
+        self.prompts = [[self.tokens[i] for i in row] for row in prompt.tolist()]
+        self.seconds()
+
+    def seconds(self) -> float:
+        """To the first token (prefill), or from the first one to the last, for each step."""
+        job, times = self.job, [time.perf_counter()]
+        steps = 1 if job.is_prefill else job.passes + 1
+
+        def note(result: Any) -> bool:
+            if result.batch_id == job.batch - 1:
+                times.append(time.perf_counter())
+            return False
+
+        self.generator.generate_batch(
+            self.prompts,
+            max_length=steps,
+            min_length=steps,
+            include_prompt_in_result=False,
+            callback=note,
+        )
+        if job.is_prefill:
+            return times[1] - times[0]
+        return (times[-1] - times[1]) / (len(times) - 2)
+
+
+ABSENT = {
+    "onnxruntime-genai": "its model builder wants onnx_ir besides, and was not tried",
+    "OpenVINO": "no export of a decoder with its cache is to be had offline without optimum",
+}
+"""Who could take part, and why they don't."""
