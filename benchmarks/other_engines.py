@@ -216,7 +216,7 @@ class CTranslate2(Engine):
 
 
 ABSENT = {
-    "onnxruntime-genai": "its model builder wants onnx_ir besides, and was not tried",
+    "onnxruntime-genai": "its model builder wants onnx_ir besides: there is no engine for it here",
     "OpenVINO": "no export of a decoder with its cache is to be had offline without optimum",
 }
 """Who could take part, and why they don't."""
