@@ -49,6 +49,7 @@ class Plan:
         self.dtype = model.norm.weight.dtype
         self.tensors: list[Tensor] = []
         self._angles = (torch.empty(0, 0), torch.empty(0, 0))
+        self._buffers, self._addresses = Buffers(), _addresses(Buffers())
         position = model.position_embedding
         embedding = self._linear(model.embedding)
         self._native = native.module.DecoderPlan(
@@ -114,7 +115,7 @@ class Plan:
             last=_address(last),
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
-            buffers=_addresses(cache.buffers),
+            buffers=self._addresses_of(cache.buffers),
             kv_dtype=_kv_dtype(cache),
             cache_strides=cache.keys[0].stride()[:3],
             scale_strides=scales[0].stride() if (scales := cache.buffers.key_scales) else (0, 0, 0),
@@ -124,6 +125,12 @@ class Plan:
         )
         cache.commit(span)
         return logits
+
+    def _addresses_of(self, buffers: Buffers) -> list[list[int]]:
+        """Where a cache's buffers lie: found once, for a cache that moves has other buffers."""
+        if buffers is not self._buffers:
+            self._buffers, self._addresses = buffers, _addresses(buffers)
+        return self._addresses
 
     def _angles_to(self, end: int) -> tuple[Tensor, Tensor]:
         """cos and sin of the positions below `end`, and of some more: computed once."""
