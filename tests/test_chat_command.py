@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -152,12 +153,19 @@ def test_chat_process(tiny_decoder, tiny_tokenizer, tmp_path):
     """SIGINT amid a real answer, another question, and the end of the input."""
     model = tiny_decoder(vocab_size=len(tiny_tokenizer), context_length=60_000, eos_ids=())
     save(model, tiny_tokenizer, tmp_path / "model")
-    code = "import sys; from llmcore import cli; sys.exit(cli.main(sys.argv[1:]))"
+    # A process that was started in the background ignores SIGINT, and so would its children.
+    code = (
+        "import signal, sys; from llmcore import cli; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code, "chat", str(tmp_path / "model"), "--threads", "1",
          "--max-new-tokens", "20000", "--temperature", "1.5"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, errors="replace",
     )  # fmt: skip
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
     process.stdout.readline()
     for _ in range(2):
         process.stdin.write("hi\n")
@@ -166,7 +174,10 @@ def test_chat_process(tiny_decoder, tiny_tokenizer, tmp_path):
         process.send_signal(signal.SIGINT)
         text = ""
         while "(stopped)" not in text:
-            text += process.stdout.read(1)
+            piece = process.stdout.read(1)
+            assert piece, f"the output ends after {text!r}"
+            text += piece
     process.stdin.close()
     assert process.wait(60) == 0
+    watchdog.cancel()
     process.stdout.close()

@@ -145,7 +145,12 @@ def test_generate_command_killed(tiny_decoder, tiny_tokenizer, tmp_path):
     save(model, tiny_tokenizer, tmp_path / "model")
     source, target = tmp_path / "in.txt", tmp_path / "out.jsonl"
     source.write_text("the hat\n" * 200)
-    code = "import sys; from llmcore import cli; sys.exit(cli.main(sys.argv[1:]))"
+    # A process that was started in the background ignores SIGINT, and so would its children.
+    code = (
+        "import signal, sys; from llmcore import cli; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code, "generate", str(tmp_path / "model"), "--threads", "1",
          "--input", str(source), "--output", str(target), "--max-new-tokens", "100",
@@ -156,6 +161,9 @@ def test_generate_command_killed(tiny_decoder, tiny_tokenizer, tmp_path):
     while time.monotonic() < deadline and not (target.exists() and target.stat().st_size):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    try:
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
     found = lines(target)
     assert 0 < len(found) < 200 and all(line["tokens"] == 100 for line in found)
