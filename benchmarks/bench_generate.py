@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ from llmcore.models.smollm2 import cache_folder
 from . import contest, engines, machine, other_engines, plot, roofline, timing
 from .contest import QUIET, rested
 from .engines import HUGGING_FACE, LLAMA_CPP, OURS, WIDTHS, Engine, Job, Llmcore
+from .report import JsonFile
 
 SMOLLM2, HALF_BILLION = "smollm2", "0.5b"
 SHAPES = (SMOLLM2, HALF_BILLION)
@@ -464,7 +464,7 @@ def stock_folder(model: Decoder, tokenizer: Any, folder: Path) -> Path | None:
 
 
 @dataclass
-class Found:
+class Found(JsonFile):
     """Everything that one run measured."""
 
     settings: dict[str, Any]
@@ -473,10 +473,6 @@ class Found:
     lines: list[Line] = field(default_factory=list)
     outside: list[Outside] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
-
-    def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.as_json(), indent=1) + "\n")
 
     def as_json(self) -> dict[str, Any]:
         return {

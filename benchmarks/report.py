@@ -18,8 +18,20 @@ FORMAT = 1
 """Of the JSON; goes up when a field changes its meaning."""
 
 
+class JsonFile:
+    """What can be written as JSON."""
+
+    def as_json(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def write(self, path: Path) -> None:
+        """As JSON; makes the folder."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.as_json(), indent=1) + "\n")
+
+
 @dataclasses.dataclass
-class Report:
+class Report(JsonFile):
     """Everything that one run measured."""
 
     machine: dict[str, Any]
@@ -32,11 +44,6 @@ class Report:
     @property
     def failed(self) -> bool:
         return any(result.failed for result in self.results)
-
-    def write(self, path: Path) -> None:
-        """As JSON; makes the folder."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.as_json(), indent=1) + "\n")
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -3,14 +3,10 @@
 // nobody asks for: behind the last layer's keys and values only the tokens go on whose logits are wanted.
 //
 // One new token is bound by reading the weights, hundreds by the products.
+#include "kernels.h"
 #include "row.h"
 
 namespace llmcore::LLMCORE_LEVEL {
-
-#define LLMCORE_KERNEL_DECLARATION(name, arguments) bool name(const arguments&);
-LLMCORE_KERNELS(LLMCORE_KERNEL_DECLARATION)
-#undef LLMCORE_KERNEL_DECLARATION
-
 namespace {
 
 // Row n of a quantized weight in float32; LinearQuantizedForward says how it lies.

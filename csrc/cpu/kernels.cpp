@@ -1,10 +1,7 @@
 // This level's table of kernels.
-#include "../ops.h"
+#include "kernels.h"
 
 namespace llmcore::LLMCORE_LEVEL {
-
-#define LLMCORE_KERNEL_DECLARATION(name, arguments) bool name(const arguments&);
-LLMCORE_KERNELS(LLMCORE_KERNEL_DECLARATION)
 
 #define LLMCORE_KERNEL_ENTRY(name, arguments) name,
 const Kernels kernels = {LLMCORE_KERNELS(LLMCORE_KERNEL_ENTRY)};

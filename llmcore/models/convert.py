@@ -94,14 +94,11 @@ def to_ours(theirs: Mapping[str, Tensor], family: Family, config: TransformerCon
         missing = [source for source, _ in sources if source not in theirs]
         if missing:
             raise ValueError(f"{family.name} model must have {', '.join(missing)}: not found")
-        rows = []
         counts = _rows(expected, len(sources), config)
-        for (source, interleaved), count in zip(sources, counts, strict=True):
-            tensor = theirs[source]
-            _check(source, tensor, (count, *expected.shape[1:]))
-            rows.append(_half_split(tensor, config) if interleaved else tensor)
+        for (source, _), count in zip(sources, counts, strict=True):
+            _check(source, theirs[source], (count, *expected.shape[1:]))
             left.discard(source)
-        state[name] = (rows[0] if len(rows) == 1 else torch.cat(rows)).float()
+        state[name] = _joined([theirs[source] for source, _ in sources], sources, config).float()
     if left:
         names = ", ".join(sorted(left)[:4]) + (" ..." if len(left) > 4 else "")
         raise ValueError(f"{len(left)} tensors have no place in {family.name} model: {names}")
@@ -124,20 +121,12 @@ def packed_to_ours(
         parts = [theirs[source] for source, _ in sources if source in theirs]
         if len(parts) < len(sources) or len({(p.format, p.minimums is None) for p in parts}) > 1:
             continue
-
-        def rows(tensors: list[Tensor], sources: list[tuple[str, bool]] = sources) -> Tensor:
-            turned = [
-                _half_split(tensor, config) if interleaved else tensor
-                for tensor, (_, interleaved) in zip(tensors, sources, strict=True)
-            ]
-            return torch.cat(turned)
-
         minimums = [p.minimums for p in parts if p.minimums is not None]
         packed[name.removesuffix(".weight")] = from_integers(
             parts[0].format,
-            rows([p.q for p in parts]),
-            rows([p.scales for p in parts]),
-            rows(minimums) if minimums else None,
+            _joined([p.q for p in parts], sources, config),
+            _joined([p.scales for p in parts], sources, config),
+            _joined(minimums, sources, config) if minimums else None,
         )
     return packed
 
@@ -292,6 +281,17 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; the config says {shape}")
     if not tensor.is_floating_point():
         raise ValueError(f"{name} is {tensor.dtype}; floating-point weights are accepted")
+
+
+def _joined(
+    parts: list[Tensor], sources: list[tuple[str, bool]], config: TransformerConfig
+) -> Tensor:
+    """The parts that `_sources` names, one below the other, their rows in our order."""
+    rows = [
+        _half_split(part, config) if interleaved else part
+        for part, (_, interleaved) in zip(parts, sources, strict=True)
+    ]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _half_split(rows: Tensor, config: TransformerConfig) -> Tensor:

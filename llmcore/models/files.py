@@ -58,8 +58,7 @@ def load(name_or_path: str | Path, weights: str | None = None) -> tuple[Decoder,
         model, tokenizer = _load_folder(path)
         given: dict[str, PackedWeight] = {}
     elif path.suffix == ".gguf" and path.is_file():
-        model, tokenizer = _load_gguf(path)
-        given = _own_integers(path, model, weights)
+        model, tokenizer, given = _load_gguf(path, weights)
     elif path.exists():
         raise ValueError(f"{path} is not a model; accepted: {ACCEPTED}")
     else:
@@ -152,23 +151,23 @@ def _all_ends(folder: Path, config: TransformerConfig) -> tuple[int, ...]:
     return tuple(dict.fromkeys((*config.eos_ids, *(more if isinstance(more, list) else [more]))))
 
 
-def _load_gguf(path: Path) -> tuple[Decoder, Tokenizer]:
-    fields, tensors = gguf_file.read(path)
+def _load_gguf(
+    path: Path, weights: str | None
+) -> tuple[Decoder, Tokenizer, dict[str, PackedWeight]]:
+    """The model in float32, and of the file's own integers those that `weights` can take."""
+    fields, tensors, stored = gguf_file.read(path)
     try:
         config = config_from_gguf(fields, tied_embeddings="output.weight" not in tensors)
         tokenizer = gguf_file.tokenizer(fields)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: {_text(error)}") from error
-    return to_ours(tensors, GGUF_LLAMA, config), tokenizer
-
-
-def _own_integers(path: Path, model: Decoder, weights: str | None) -> dict[str, PackedWeight]:
-    """The file's integers that `weights` can take, by module's name."""
+    model = to_ours(tensors, GGUF_LLAMA, config)
     formats = {"int8": ("int8",), "int4": ("int8", "int4")}.get(weights or "", ())
     if not formats:
-        return {}
-    found = packed_to_ours(gguf_file.integers(path), GGUF_LLAMA, model.config)
-    return {name: weight for name, weight in found.items() if weight.format in formats}
+        return model, tokenizer, {}
+    found = packed_to_ours(gguf_file.integers(stored), GGUF_LLAMA, config)
+    given = {name: weight for name, weight in found.items() if weight.format in formats}
+    return model, tokenizer, given
 
 
 def _read_json(path: Path) -> dict[str, Any]:

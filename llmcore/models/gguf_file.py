@@ -1,8 +1,8 @@
 """Reading a .gguf file: its fields, its weights as float32 or as they are, its tokenizer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,16 @@ KINDS = ("Q8_0", "Q4_0", "Q4_1")
 NORMAL, CONTROL = 1, 3
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """All fields, and all tensors dequantised to float32.
+class Contents(NamedTuple):
+    """What a file holds: all fields, all tensors dequantised to float32, and as they are."""
+
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+    stored: list[Any]  # gguf.ReaderTensor
+
+
+def read(path: Path) -> Contents:
+    """A file's contents.
 
     ValueError for a file that isn't GGUF, is cut off, or holds another architecture than llama.
     """
@@ -45,16 +53,14 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensor.name: torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
         for tensor in reader.tensors
     }
-    return fields, tensors
+    return Contents(fields, tensors, reader.tensors)
 
 
-def integers(path: Path) -> dict[str, Integers]:
-    """The matrices of Q8_0, Q4_0 and Q4_1 as they are; of a file that `read` has read."""
-    import gguf
-
+def integers(stored: Iterable[Any]) -> dict[str, Integers]:
+    """The matrices of Q8_0, Q4_0 and Q4_1 among `Contents.stored`, without loss."""
     return {
         tensor.name: _integers(tensor.data, tensor.tensor_type.name)
-        for tensor in gguf.GGUFReader(path).tensors
+        for tensor in stored
         if tensor.tensor_type.name in KINDS and tensor.data.ndim == 2
     }
 

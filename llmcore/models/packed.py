@@ -30,12 +30,13 @@ def pack_weights(
     """
     check_format(format)
     given = given or {}
-    errors = {}
+    packed = {  # all of them first: a model that one can't be packed of stays as it is
+        name: given.get(name) or _packed(name, module.parameter.detach(), format)
+        for name, module in _matrices(model)
+    }
     for name, module in _matrices(model):
-        weight = given.get(name) or _packed(name, module.parameter.detach(), format)
-        module.pack(weight)
-        errors[name] = weight.error
-    return errors
+        module.pack(packed[name])
+    return {name: weight.error for name, weight in packed.items()}
 
 
 def check_format(format: str | None) -> None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn import Parameter
 
 from llmcore.models import load, save
 from llmcore.models.block import Packable
@@ -62,6 +63,10 @@ def test_pack_weights_errors(tiny_decoder):
         pack_weights(tiny_decoder(), "int3")
     with pytest.raises(ValueError, match=r"weights='int8': .* has rows of 36"):
         pack_weights(tiny_decoder(head_width=9, positions="learned", width=36), "int8")
+    model = tiny_decoder(feed_forward=40)  # embedding and attention could be packed
+    with pytest.raises(ValueError, match=r"feed_forward\.down has rows of 40"):
+        pack_weights(model, "int8")
+    assert all(isinstance(m.weight, Parameter) for m in model.modules() if isinstance(m, Packable))
     with pytest.raises(ValueError, match="weights: got 'fp8'"):
         load("smollm2", weights="fp8")
 
