@@ -21,17 +21,10 @@ from torch.autograd import forward_ad
 
 from llmcore import device, native
 
-BACKENDS = (
-    "cuda",
-    "triton",
-    "torch",
-    "cpu",
-    *(f"cpu_{level}" for level in native.LEVELS),
-    "reference",
-)
+BACKENDS = ("cuda", "triton", "cpu", *(f"cpu_{level}" for level in native.LEVELS), "reference")
 """Every name that `use` and LLMCORE_BACKEND take."""
 
-UNFORCED = ("cuda", "triton", "torch", "cpu", "reference")
+UNFORCED = ("cuda", "triton", "cpu", "reference")
 """What runs when nothing is forced; single levels of the CPU kernels run by name only."""
 
 forced: str | None = os.environ.get("LLMCORE_BACKEND") or None
@@ -63,8 +56,7 @@ class Candidate:
     """One implementation of an op.
 
     `machine` says why it cannot run here at all ("" when it can); `refuses` takes the op's own
-    arguments and says why it cannot run this call; `remark` is what `explain` says of it where it
-    is chosen. `forward`, `backward` and `into` (forward into a
+    arguments and says why it cannot run this call. `forward`, `backward` and `into` (forward into a
     given output) have the signatures that the op's contract states; the definition has no
     `backward`: autograd knows it.
     """
@@ -75,7 +67,6 @@ class Candidate:
     into: Callable[..., Any] | None = None
     machine: str = ""
     refuses: Callable[..., list[str]] = _never
-    remark: str = ""
 
     def reasons(self, *args: Any) -> list[str]:
         """Why this candidate does not run this call; empty when it does."""
@@ -165,7 +156,7 @@ class Op:
     Definition, check and candidates take the same positional arguments. `arguments` makes them of
     a call of the public function (promotes, resolves defaults, groups options); without it they are
     the public function's own. `absent` holds the contract's sentence for each family of kernels
-    (cpu, triton, cuda, torch) that it does not have.
+    (cpu, triton, cuda) that it does not have.
     """
 
     def __init__(
@@ -331,7 +322,6 @@ class Explanation:
     op: str
     chosen: str
     reasons: dict[str, list[str]]
-    remark: str = ""
 
     def __str__(self) -> str:
         others = [
@@ -339,8 +329,7 @@ class Explanation:
             for b, why in self.reasons.items()
             if b != self.chosen
         ]
-        remark = f": {self.remark}" if self.remark else ""
-        return "\n".join([f"{self.op} runs on {self.chosen}{remark}", *others])
+        return "\n".join([f"{self.op} runs on {self.chosen}", *others])
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> Explanation:
@@ -366,4 +355,4 @@ def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> Explana
         reasons[backend] = (
             [found.why_absent(backend)] if candidate is None else candidate.reasons(*call)
         )
-    return Explanation(found.name, chosen.backend, reasons, chosen.remark)
+    return Explanation(found.name, chosen.backend, reasons)
