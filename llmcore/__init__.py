@@ -3,7 +3,7 @@
 `llmcore.ops` holds the ops, `llmcore.models` the thin transformer, `llmcore.text` its tokenizer.
 """
 
-from llmcore import models, ops, text
+from llmcore import attention_interface, models, ops, text
 from llmcore.dispatch import backends, explain, use
 from llmcore.generate import best_of, generate, stream
 from llmcore.ops.packed_weight import PackedWeight, pack
@@ -12,6 +12,7 @@ from llmcore.verify import verify
 __version__ = "0.1.0"
 __all__ = [
     "PackedWeight",
+    "attention_interface",
     "backends",
     "best_of",
     "explain",
@@ -24,3 +25,5 @@ __all__ = [
     "use",
     "verify",
 ]
+
+attention_interface.register_when_imported()
