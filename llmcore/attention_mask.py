@@ -157,18 +157,28 @@ def attention_mask(
     pattern = pattern_of(mask_function, kwargs)
     if pattern is None:
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        sizes: Any = (batch_size, q_length, kv_length, q_offset, kv_offset)
-        return sdpa_mask(*sizes, mask_function, attention_mask, device=device, **kwargs)
+        offset: Any = q_offset
+        return sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset=offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            device=device,
+            **kwargs,
+        )
     causal, window = pattern
     lengths, padding = padding_of(attention_mask, q_length, kv_length, q_offset, kv_offset)
-    offset = offset_of(q_offset, kv_offset, batch_size)
+    position = offset_of(q_offset, kv_offset, batch_size)
     window = needed(window, kv_length)
     if (window is None and lengths is None and padding is None) and (
-        not causal or sees_all_its_past(offset, q_length, kv_length)
+        not causal or sees_all_its_past(position, q_length, kv_length)
     ):
         return None
     shape = (batch_size, 1, q_length, kv_length)
-    return AttentionMask(shape, device, causal, window, offset, lengths, padding)
+    return AttentionMask(shape, device, causal, window, position, lengths, padding)
 
 
 def offset_of(q_offset: int | torch.Tensor, kv_offset: int, batch: int) -> int | torch.Tensor:
