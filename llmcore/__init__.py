@@ -7,6 +7,7 @@ from llmcore import attention_interface, models, ops, text
 from llmcore.dispatch import backends, explain, use
 from llmcore.generate import best_of, generate, stream
 from llmcore.ops.packed_weight import PackedWeight, pack
+from llmcore.patch_sdpa import patch_sdpa
 from llmcore.verify import verify
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "models",
     "ops",
     "pack",
+    "patch_sdpa",
     "stream",
     "text",
     "use",

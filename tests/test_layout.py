@@ -30,6 +30,8 @@ LAYERS = (
     ("dispatch",),
     ("kernels",),
     ("ops",),
+    ("attention_mask", "eager_attention", "patch_sdpa"),
+    ("attention_interface",),
     ("verify", "text"),
     ("models",),
     ("generation",),
