@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+import llmcore
+
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 DECODER = {
@@ -242,3 +244,12 @@ def valid(logits: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
     if mask is None or "decoder_input_ids" in arguments:
         return logits.flatten(0, 1)
     return logits[mask.bool()]
+
+
+def prepared(model: Any, how: str) -> Any:
+    """The model on llmcore, by its attention alone or as a whole."""
+    if how == "attention":
+        model.set_attn_implementation("llmcore")
+    else:
+        llmcore.accelerate(model)
+    return model
