@@ -4,6 +4,7 @@
 """
 
 from llmcore import models, ops, text
+from llmcore.accelerate import accelerate
 from llmcore.dispatch import backends, explain, use
 from llmcore.generate import best_of, generate, stream
 from llmcore.ops.packed_weight import PackedWeight, pack
@@ -12,6 +13,7 @@ from llmcore.verify import verify
 __version__ = "0.1.0"
 __all__ = [
     "PackedWeight",
+    "accelerate",
     "backends",
     "best_of",
     "explain",

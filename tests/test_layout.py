@@ -32,8 +32,8 @@ LAYERS = (
     ("ops",),
     ("verify", "text"),
     ("models",),
-    ("generation",),
-    ("generate", "evaluate"),
+    ("generation", "swap"),
+    ("generate", "evaluate", "accelerate"),
     ("model_arguments",),
     (
         "benchmarks",
