@@ -3,7 +3,7 @@
 `llmcore.ops` holds the ops, `llmcore.models` the thin transformer, `llmcore.text` its tokenizer.
 """
 
-from llmcore import models, ops, text
+from llmcore import attention_interface, models, ops, text
 from llmcore.accelerate import accelerate
 from llmcore.dispatch import backends, explain, use
 from llmcore.generate import best_of, generate, stream
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PackedWeight",
     "accelerate",
+    "attention_interface",
     "backends",
     "best_of",
     "explain",
@@ -26,3 +27,5 @@ __all__ = [
     "use",
     "verify",
 ]
+
+attention_interface.register_when_imported()

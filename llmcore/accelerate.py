@@ -12,17 +12,21 @@ small seeded input beside what it takes the place of; one that gives something e
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from llmcore.models.packed import check_format
-from llmcore.swap import modules, torch_modules
+from llmcore.swap import attention, modules, torch_modules
+from llmcore.swap.attention import outputs
 from llmcore.swap.instance import Change, is_swapped
 from llmcore.swap.packing import Packing
 from llmcore.swap.report import Left, Report, Swap
-from llmcore.swap.structure import Refusal, Structure, apply, own_tensors
+from llmcore.swap.structure import Refusal, Structure, apply, difference, largest, own_tensors
+
+MODEL_ROUNDINGS = 5.0
+"""How many times the tolerance of one module a whole model's output may differ by."""
 
 STRUCTURES: tuple[Structure, ...] = (*torch_modules.STRUCTURES, *modules.STRUCTURES)
 
@@ -52,7 +56,7 @@ def accelerate(model: nn.Module, *, weights: str | None = None) -> Report:
     work = _Work(model, Packing(weights) if weights else None)
     try:
         with quiet(model):
-            work.swap_modules()
+            work.run()
     except BaseException:
         work.report.undo()
         raise
@@ -67,7 +71,47 @@ class _Work:
     packing: Packing | None
     report: Report = field(default_factory=Report)
 
-    def swap_modules(self) -> None:
+    def run(self) -> None:
+        before = outputs(self.model)
+        if attention.has_attention_choice(self.model):
+            self._checked("attention", before, self._choose_attention)
+        self._swap_modules()
+        if before:
+            self._checked("rope", outputs(self.model), self._swap_rotary)
+            self.report.error = largest(outputs(self.model), before)
+        self.report.sort([name for name, _ in self.model.named_modules()])
+
+    def _checked(self, name: str, expected: list[Tensor], swap: Callable[[], None]) -> None:
+        """A swap whose small input is the whole model's; taken back where the output differs."""
+        steps, swapped = len(self.report._steps), len(self.report.swapped)
+        try:
+            if not expected:
+                raise Refusal(name, "nothing says what a small input of this model is")
+            swap()
+            if (error := difference(outputs(self.model), expected)) > MODEL_ROUNDINGS:
+                raise Refusal(name, f"{error:.0f} times what rounding explains in its output")
+        except (Refusal, RuntimeError, TypeError, ValueError) as problem:
+            self.report.undo(steps)
+            del self.report.swapped[swapped:]
+            reason = problem.reason if isinstance(problem, Refusal) else str(problem)
+            self.report.left.append(Left("", name, reason))
+        else:
+            found = self.report.swapped[swapped:]
+            error = largest(outputs(self.model), expected)
+            self.report.swapped[swapped:] = [replace(swap, error=error) for swap in found]
+
+    def _choose_attention(self) -> None:
+        choice = attention.OwnConfig.choose(self.model)
+        self.report._steps.append(choice.undo)
+        self.report.swapped.append(Swap("", "attention", 0.0))
+
+    def _swap_rotary(self) -> None:
+        for name, module in self.model.named_modules():
+            found = apply(attention.ROPE, module)
+            if found is not None:
+                self._record(name, attention.ROPE.name, *found)
+
+    def _swap_modules(self) -> None:
         """Each module by the table, children before their parents."""
         if self.packing is not None:
             self.report._steps.append(self.packing.undo)
@@ -81,8 +125,6 @@ class _Work:
                 if not swapped and own_tensors(module):
                     kind = type(module).__name__
                     self.report.left.append(Left(name, kind, "no structure of the table"))
-        self.report.swapped.reverse()
-        self.report.left.reverse()
         if self.packing is not None:
             self.report.memory_saved = self.packing.saved
 
@@ -90,10 +132,11 @@ class _Work:
         for structure in STRUCTURES:
             found = apply(structure, module)
             if found is not None:
-                change, error = found
-                self._record(name, structure.name, change, error)
                 if structure.name == "linear" and self.packing is not None:
+                    self.report._steps.append(found[0].undo)
                     self._pack(name, module, ends)
+                else:
+                    self._record(name, structure.name, *found)
                 return True
         if self.packing is not None and modules.linear_layout(module) == "columns":
             self._pack(name, module, ends)

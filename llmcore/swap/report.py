@@ -39,11 +39,17 @@ class Report:
     """max|new - old| / max|old| of the whole model's output on a small input; None: not asked."""
     _steps: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
-    def undo(self) -> None:
+    def undo(self, down_to: int = 0) -> None:
         """Put everything back, bit for bit, in the reverse order; a second call does nothing."""
-        while self._steps:
+        while len(self._steps) > down_to:
             self._steps[-1]()
             self._steps.pop()
+
+    def sort(self, names: list[str]) -> None:
+        """In the order of the model's modules."""
+        place = {name: i for i, name in enumerate(names)}
+        self.swapped.sort(key=lambda swap: place[swap.name])
+        self.left.sort(key=lambda left: place[left.name])
 
     def structures(self) -> dict[str, int]:
         """How many modules of each structure were swapped."""

@@ -161,6 +161,11 @@ def difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return worst
 
 
+def largest(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest `relative` of them."""
+    return max(map(relative, got, expected), default=0.0)
+
+
 def relative(ours: Tensor, theirs: Tensor) -> float:
     """max|ours - theirs| / max|theirs|, 0 where both are 0; NaN counts as infinite."""
     if theirs.numel() == 0:
