@@ -109,17 +109,16 @@ def rotary_functions(forward: Any) -> list[str]:
     """The global functions that a forward calls to rotate queries and keys."""
     if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
         return []
-    found = [name for name in forward.__code__.co_names if name in forward.__globals__]
-    return [name for name in found if rotates(forward.__globals__[name])]
+    called = {name: forward.__globals__.get(name) for name in forward.__code__.co_names}
+    kinds = (types.FunctionType, nn.Module)  # a function that is to be replaced may be either
+    return [name for name, value in called.items() if isinstance(value, kinds) and rotates(value)]
 
 
 @functools.cache
 def rotates(function: Any) -> bool:
     """Whether it is (q, k, cos, sin) -> both rotated, half by half, cos and sin (B, T, R)."""
-    if not isinstance(function, types.FunctionType):
-        return False
-    parameters = inspect.signature(function).parameters
-    if list(parameters)[:4] != ["q", "k", "cos", "sin"]:
+    own = function.forward if isinstance(function, nn.Module) else function
+    if list(inspect.signature(own).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
     q, k = draw(2, 4, 3, 8), draw(2, 2, 3, 8, seed=1)
     cos, sin = (draw(2, 3, 4, seed=s).repeat(1, 1, 2) for s in (2, 3))
@@ -137,7 +136,6 @@ def rotates(function: Any) -> bool:
 def rotary(theirs: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     """The same function through `ops.rope`; calls that it has no way for go to theirs."""
 
-    @functools.wraps(theirs)
     def rotate(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
