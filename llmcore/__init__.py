@@ -4,6 +4,7 @@
 """
 
 from llmcore import attention_interface, models, ops, text
+from llmcore.accelerate import accelerate
 from llmcore.dispatch import backends, explain, use
 from llmcore.generate import best_of, generate, stream
 from llmcore.ops.packed_weight import PackedWeight, pack
@@ -13,6 +14,7 @@ from llmcore.verify import verify
 __version__ = "0.1.0"
 __all__ = [
     "PackedWeight",
+    "accelerate",
     "attention_interface",
     "backends",
     "best_of",

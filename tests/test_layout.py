@@ -34,8 +34,8 @@ LAYERS = (
     ("attention_interface",),
     ("verify", "text"),
     ("models",),
-    ("generation",),
-    ("generate", "evaluate"),
+    ("generation", "swap"),
+    ("generate", "evaluate", "accelerate"),
     ("model_arguments",),
     (
         "benchmarks",
