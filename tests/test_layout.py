@@ -43,6 +43,7 @@ LAYERS = (
         "verify_command",
         "chat_command",
         "generate_command",
+        "serve_command",
         "evaluate_command",
     ),
     ("cli",),
