@@ -18,9 +18,9 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from llmcore.models.packed import check_format
-from llmcore.swap import attention, modules, torch_modules
+from llmcore.swap import attention, decoder, modules, torch_modules
 from llmcore.swap.attention import outputs
-from llmcore.swap.instance import Change, is_swapped
+from llmcore.swap.instance import Change, become, is_swapped
 from llmcore.swap.packing import Packing
 from llmcore.swap.report import Left, Report, Swap
 from llmcore.swap.structure import Refusal, Structure, apply, difference, largest, own_tensors
@@ -78,6 +78,7 @@ class _Work:
         self._swap_modules()
         if before:
             self._checked("rope", outputs(self.model), self._swap_rotary)
+            self._swap_passes()
             self.report.error = largest(outputs(self.model), before)
         self.report.sort([name for name, _ in self.model.named_modules()])
 
@@ -110,6 +111,20 @@ class _Work:
             found = apply(attention.ROPE, module)
             if found is not None:
                 self._record(name, attention.ROPE.name, *found)
+
+    def _swap_passes(self) -> None:
+        """Passes over a cache by one native call, where the model is such a decoder."""
+        if decoder.has_passes(self.model):
+            attributes = {"_llmcore_passes": decoder.Passes()}
+            change = become(self.model, decoder.CausalDecoder, **attributes)
+            try:
+                undo, error = decoder.checked(self.model)
+            except (decoder.Unfit, RuntimeError, TypeError, ValueError) as reason:
+                change.undo()
+                self.report.left.append(Left("", "decoder pass", str(reason)))
+            else:
+                self.report._steps.append(undo)
+                self._record("", "decoder pass", change, error)
 
     def _swap_modules(self) -> None:
         """Each module by the table, children before their parents."""
