@@ -69,13 +69,15 @@ def server_class(weights: str | None) -> Any:
             super().__init__(**options, host=host, port=port, non_blocking=True)
 
         def start_server(self) -> None:
-            manager = self._model_manager
+            manager: Any = self._model_manager
             names = [name.rpartition("@")[0] for name in manager.loaded_models]
             for name, loaded in zip(names, manager.loaded_models.values(), strict=True):
                 print(f"{name} at {self.address}", flush=True)
                 print(accelerate(loaded.model, weights=weights), flush=True)
             # Its own list is what the download cache holds, and an error where there is none.
-            listed = [{"id": name, "object": "model", "owned_by": "", "created": 0} for name in names]
+            listed = [
+                {"id": name, "object": "model", "owned_by": "", "created": 0} for name in names
+            ]
             manager.get_gen_models = lambda: listed
             self._thread = None
             self.server.run()
