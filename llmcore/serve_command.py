@@ -80,8 +80,10 @@ def server_class(weights: str | None) -> Any:
             ]
             manager.get_gen_models = lambda: listed
             self._thread = None
-            self.server.run()
-            self.kill_server()
+            try:
+                self.server.run()
+            finally:  # it passes on the signal that ended it
+                self.kill_server()
 
     return Server
 

@@ -253,3 +253,19 @@ def prepared(model: Any, how: str) -> Any:
     else:
         llmcore.accelerate(model)
     return model
+
+
+def word_tokenizer():
+    """Words of one vocabulary, by transformers' own class."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(92))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )

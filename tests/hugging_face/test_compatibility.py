@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import build, inputs, padding, prepared, transformers, valid
+from families import build, inputs, padding, prepared, transformers, valid, word_tokenizer
 
 HOWS = ("attention", "accelerate")
 
@@ -137,22 +137,6 @@ def test_transformers_trainer(how, tmp_path):
     loss, weights = trainer_run(build("llama"), tmp_path)
     got_loss, got = trainer_run(prepared(build("llama"), how), tmp_path)
     assert abs(loss - got_loss) <= 1e-4 and same_weights(got, weights, 1e-3)
-
-
-def word_tokenizer():
-    """Words of one vocabulary, by transformers' own class."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(92))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    )
 
 
 def sft_run(model, folder, lora=False):
