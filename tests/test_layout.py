@@ -30,10 +30,12 @@ LAYERS = (
     ("dispatch",),
     ("kernels",),
     ("ops",),
+    ("attention_mask", "eager_attention", "patch_sdpa"),
+    ("attention_interface",),
     ("verify", "text"),
     ("models",),
-    ("generation",),
-    ("generate", "evaluate"),
+    ("generation", "swap"),
+    ("generate", "evaluate", "accelerate"),
     ("model_arguments",),
     (
         "benchmarks",
@@ -41,9 +43,11 @@ LAYERS = (
         "verify_command",
         "chat_command",
         "generate_command",
+        "serve_command",
         "evaluate_command",
     ),
     ("cli",),
+    ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
