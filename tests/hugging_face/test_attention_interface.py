@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from families import DECODERS, ENCODERS, SEQ2SEQ, TEXT, build, inputs, padding, transformers, valid
+from families import DECODERS, TEXT, build, inputs, transformers, valid
 
-from llmcore import attention_interface, attention_mask, eager_attention
+from llmcore import attention_interface, attention_mask
 
 PADDING = ("none", "left", "right")
 TEXT_CASES = [(family, kind) for family in TEXT for kind in PADDING]
