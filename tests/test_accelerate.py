@@ -193,7 +193,6 @@ def test_accelerate_other_dtypes(model, ids, dtype):
     assert report.structures()["rms_norm"] == 2
     # The norm computes in float32, whatever the dtype.
     tolerance = {torch.bfloat16: 6e-2, torch.float16: 1e-2, torch.float64: 1e-5}[dtype]
-    ]  # this norm is float32's
     got = model(ids)
     assert got.dtype == dtype
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)

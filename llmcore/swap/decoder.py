@@ -560,11 +560,12 @@ class CausalDecoder(Swapped):
         return {"forward": forward}
 
 
-def has_passes(model: nn.Module) -> bool:
+def has_passes(model: Any) -> bool:
     """Whether the model is transformers' and generates over a cache."""
     names = ("base_model", "get_output_embeddings", "get_input_embeddings", "can_generate")
     return (
         all(hasattr(model, name) for name in names)
+        and model.get_output_embeddings() is not None
         and not getattr(model.config, "is_encoder_decoder", False)
         and {"input_ids", "past_key_values"} <= set(argument_names(type(model).forward))
     )
