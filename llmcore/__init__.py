@@ -8,6 +8,7 @@ from llmcore.accelerate import accelerate
 from llmcore.dispatch import backends, explain, use
 from llmcore.generate import best_of, generate, stream
 from llmcore.ops.packed_weight import PackedWeight, pack
+from llmcore.patch_sdpa import patch_sdpa
 from llmcore.verify import verify
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "models",
     "ops",
     "pack",
+    "patch_sdpa",
     "stream",
     "text",
     "use",

@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": ("llmcore.demo", "ask a small real model, check its logits, measure its speed"),
     "chat": ("llmcore.chat_command", "talk with a model"),
     "generate": ("llmcore.generate_command", "answer a file of prompts, resuming where it stopped"),
+    "serve": ("llmcore.serve_command", "an OpenAI-compatible server, transformers', on llmcore"),
     "evaluate": ("llmcore.evaluate_command", "perplexity of text, and what packed weights change"),
     "bench": (
         "llmcore.benchmarks.command",

@@ -101,10 +101,9 @@ def function_of(layer: type) -> Function | None:
         for name in getattr(getattr(forward, "__code__", None), "co_names", ()):
             if name.endswith("eager_attention_forward"):
                 return getattr(forward, "__globals__", {}).get(name)
-        named = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
-        if named is not None:
-            return named
-    return None
+    homes = (sys.modules.get(base.__module__) for base in layer.__mro__)
+    functions = (getattr(home, "eager_attention_forward", None) for home in homes)
+    return next(filter(None, functions), None)
 
 
 @functools.lru_cache(maxsize=1024)

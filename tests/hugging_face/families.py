@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
 import pytest
 import torch
+
+import llmcore
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -145,12 +148,39 @@ SEQ2SEQ: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bart": ("BartConfig", "BartForConditionalGeneration", BOTH),
     "marian": ("MarianConfig", "MarianMTModel", BOTH),
 }
+VISION: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "vit": (
+        "ViTConfig",
+        "ViTForImageClassification",
+        {**ENCODER, "image_size": 32, "patch_size": 8},
+    ),
+    "clip": (
+        "CLIPVisionConfig",
+        "CLIPVisionModel",
+        {**PLAIN, "image_size": 32, "patch_size": 8},
+    ),
+}
+AUDIO: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "whisper": (
+        "WhisperConfig",
+        "WhisperForConditionalGeneration",
+        {
+            **BOTH,
+            "num_mel_bins": 8,
+            "max_source_positions": 16,
+            "max_target_positions": 32,
+            "suppress_tokens": None,
+            "begin_suppress_tokens": None,
+        },
+    ),
+}
 TEXT = {**DECODERS, **ENCODERS, **SEQ2SEQ}
+EVERY = {**TEXT, **VISION, **AUDIO}
 
 
 @functools.cache
 def _built(family: str) -> torch.nn.Module:
-    config, model, sizes = TEXT[family]
+    config, model, sizes = EVERY[family]
     torch.manual_seed(0)
     built = getattr(transformers, model)(getattr(transformers, config)(**sizes)).eval()
     return with_large_weights(built)
@@ -171,8 +201,6 @@ def with_large_weights(model: torch.nn.Module) -> torch.nn.Module:
 
 def build(family: str, implementation: str = "eager") -> Any:
     """A tiny model of a family, in eval mode; every call gives a new one with the same weights."""
-    import copy
-
     model: Any = copy.deepcopy(_built(family))
     model.set_attn_implementation(implementation)
     return model
@@ -192,19 +220,52 @@ def padding(kind: str, rows: int = 3, length: int = 11) -> torch.Tensor | None:
 def inputs(family: str, kind: str = "none", length: int = 11, seed: int = 2) -> dict[str, Any]:
     """The arguments of a forward pass."""
     generator = torch.Generator().manual_seed(seed)
+    if family in VISION:
+        return {"pixel_values": torch.randn(3, 3, 32, 32, generator=generator)}
+    decoder_ids = torch.randint(3, 96, (3, 7), generator=generator)
+    if family in AUDIO:
+        sound = torch.randn(3, 8, 32, generator=generator)
+        return {"input_features": sound, "decoder_input_ids": decoder_ids}
     ids = torch.randint(3, 96, (3, length), generator=generator)
     arguments: dict[str, Any] = {"input_ids": ids}
     mask = padding(kind, length=length)
     if mask is not None:
         arguments["attention_mask"] = mask
     if family in SEQ2SEQ:
-        arguments["decoder_input_ids"] = torch.randint(3, 96, (3, 7), generator=generator)
+        arguments["decoder_input_ids"] = decoder_ids
     return arguments
 
 
 def valid(logits: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
     """The logits (N, V) at positions that are no padding."""
     mask = arguments.get("attention_mask")
+    if logits.ndim == 2:
+        return logits
     if mask is None or "decoder_input_ids" in arguments:
         return logits.flatten(0, 1)
     return logits[mask.bool()]
+
+
+def prepared(model: Any, how: str) -> Any:
+    """The model on llmcore, by its attention alone or as a whole."""
+    if how == "attention":
+        model.set_attn_implementation("llmcore")
+    else:
+        llmcore.accelerate(model)
+    return model
+
+
+def word_tokenizer():
+    """Words of one vocabulary, by transformers' own class."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(92))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
