@@ -18,12 +18,20 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from llmcore.models.packed import check_format
-from llmcore.swap import attention, decoder, modules, torch_modules
+from llmcore.swap import attention, decoder, loss, modules, torch_modules
 from llmcore.swap.attention import outputs
 from llmcore.swap.instance import Change, become, is_swapped
 from llmcore.swap.packing import Packing
 from llmcore.swap.report import Left, Report, Swap
-from llmcore.swap.structure import Refusal, Structure, apply, difference, largest, own_tensors
+from llmcore.swap.structure import (
+    Refusal,
+    Structure,
+    apply,
+    difference,
+    largest,
+    own_tensors,
+    untouchable,
+)
 
 MODEL_ROUNDINGS = 5.0
 """How many times the tolerance of one module a whole model's output may differ by."""
@@ -72,34 +80,43 @@ class _Work:
     report: Report = field(default_factory=Report)
 
     def run(self) -> None:
-        before = outputs(self.model)
+        try:
+            before = outputs(self.model)
+        except Exception as problem:  # of a model that takes something else
+            before = []
+            self.report.left.append(Left("", "whole model", f"a small input failed: {problem}"))
         if attention.has_attention_choice(self.model):
             self._checked("attention", before, self._choose_attention)
         self._swap_modules()
         if before:
-            self._checked("rope", outputs(self.model), self._swap_rotary)
+            now = outputs(self.model)
+            now = self._checked("rope", now, self._swap_rotary) or now
+            self.report.error = largest(now, before)
+            self._swap_loss()
             self._swap_passes()
-            self.report.error = largest(outputs(self.model), before)
         self.report.sort([name for name, _ in self.model.named_modules()])
 
-    def _checked(self, name: str, expected: list[Tensor], swap: Callable[[], None]) -> None:
-        """A swap whose small input is the whole model's; taken back where the output differs."""
+    def _checked(
+        self, name: str, expected: list[Tensor], swap: Callable[[], None]
+    ) -> list[Tensor] | None:
+        """A swap whose small input is the whole model's: its output, or None where it went back."""
         steps, swapped = len(self.report._steps), len(self.report.swapped)
         try:
             if not expected:
                 raise Refusal(name, "nothing says what a small input of this model is")
             swap()
-            if (error := difference(outputs(self.model), expected)) > MODEL_ROUNDINGS:
+            got = outputs(self.model)
+            if not (error := difference(got, expected)) <= MODEL_ROUNDINGS:
                 raise Refusal(name, f"{error:.0f} times what rounding explains in its output")
         except (Refusal, RuntimeError, TypeError, ValueError) as problem:
             self.report.undo(steps)
             del self.report.swapped[swapped:]
             reason = problem.reason if isinstance(problem, Refusal) else str(problem)
             self.report.left.append(Left("", name, reason))
-        else:
-            found = self.report.swapped[swapped:]
-            error = largest(outputs(self.model), expected)
-            self.report.swapped[swapped:] = [replace(swap, error=error) for swap in found]
+            return None
+        error, found = largest(got, expected), self.report.swapped[swapped:]
+        self.report.swapped[swapped:] = [replace(swap, error=error) for swap in found]
+        return got
 
     def _choose_attention(self) -> None:
         choice = attention.OwnConfig.choose(self.model)
@@ -108,9 +125,26 @@ class _Work:
 
     def _swap_rotary(self) -> None:
         for name, module in self.model.named_modules():
-            found = apply(attention.ROPE, module)
+            found = None if untouchable(module) else apply(attention.ROPE, module)
             if found is not None:
                 self._record(name, attention.ROPE.name, *found)
+
+    def _swap_loss(self) -> None:
+        """The head and its cross entropy, in training."""
+        found = loss.recognised(self.model)
+        if found is None or self.packing is not None:
+            return
+        theirs = type(self.model).forward
+        change = become(self.model, loss.HeadLoss, _llmcore_loss=found)
+        change = replace(change, attributes=("_llmcore_loss", "_llmcore_loss_output"))
+        try:
+            error = loss.checked(self.model, theirs)
+        except (Refusal, RuntimeError, TypeError, ValueError, KeyError) as problem:
+            change.undo()
+            reason = problem.reason if isinstance(problem, Refusal) else str(problem)
+            self.report.left.append(Left("", "linear_cross_entropy", reason))
+        else:
+            self._record("", "linear_cross_entropy", change, error)
 
     def _swap_passes(self) -> None:
         """Passes over a cache by one native call, where the model is such a decoder."""
@@ -132,6 +166,9 @@ class _Work:
             self.report._steps.append(self.packing.undo)
         ends = _tied_or_last(self.model)
         for name, module in reversed(list(self.model.named_modules())):
+            if reason := untouchable(module):
+                self.report.left.append(Left(name, type(module).__name__, reason))
+                continue
             try:
                 swapped = self._swap(name, module, ends)
             except Refusal as refusal:

@@ -45,7 +45,8 @@ class OwnConfig:
 
         ValueError where its attention is one that was asked for by name ("flex_attention", ...).
         """
-        chosen = model.config._attn_implementation
+        own: Any = model
+        chosen = own.config._attn_implementation
         if chosen not in ("sdpa", "eager", None):
             raise ValueError(f"attn_implementation {chosen!r} was chosen for this model")
         attention_interface.register()
@@ -182,7 +183,9 @@ def small_inputs(model: nn.Module, length: int = 8) -> Iterator[dict[str, Any]]:
     tokens = min(getattr(text, "vocab_size", 0) or 0, 1000)
 
     def ids(length: int) -> Tensor:
-        return torch.randint(min(3, tokens - 1), tokens, (2, length), generator=generator).to(device)
+        return torch.randint(min(3, tokens - 1), tokens, (2, length), generator=generator).to(
+            device
+        )
 
     extra = {}
     if getattr(config, "is_encoder_decoder", False):
@@ -212,7 +215,7 @@ def _input_shape(name: str, config: Any) -> tuple[int, ...] | None:
 
 
 def outputs(model: nn.Module) -> list[Tensor]:
-    """The model's main results on `small_inputs` at inference; positions of padding are left out."""
+    """The model's main results on `small_inputs` at inference; none where padding is."""
     found = []
     training = [m for m in model.modules() if m.training]
     model.eval()

@@ -13,7 +13,6 @@ another kind, a mask that is more than padding on the left) goes the model's own
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,6 +28,7 @@ from llmcore.models.transformer import Decoder
 from llmcore.ops.packed_weight import PANEL, PackedWeight
 from llmcore.swap.attention import RotaryAttention, small_inputs
 from llmcore.swap.instance import Swapped
+from llmcore.swap.loss import argument_names
 from llmcore.swap.modules import GatedMLP, Linear, RMSNorm, has_hooks
 from llmcore.swap.structure import difference, largest
 
@@ -94,28 +94,28 @@ def layer_of(layer: nn.Module) -> Layer:
     if (len(norms), len(attentions), len(networks), len(children)) != (2, 1, 1, 4):
         raise Unfit("a layer is not rotary attention and a gated network with a norm before each")
     attention, network = attentions[0], networks[0]
-    linears = [*attention.children()]  # type: ignore[attr-defined]
+    linears = [*attention.children()]
     if len(linears) != 4 or not all(isinstance(m, Linear) for m in linears):
         raise Unfit("attention has other parts than four linears")
     gate, up, down = network._llmcore_roles
     if network._llmcore_activation != "silu" or not network._llmcore_gate_first:
         raise Unfit("the gated network is no swiglu")
-    children_of: Any = network._modules  # type: ignore[attr-defined]
+    children_of: Any = network._modules
     gate_up = (children_of[gate],) if up is None else (children_of[gate], children_of[up])
     return Layer(
-        attention,  # type: ignore[arg-type]
-        norms[0],  # type: ignore[arg-type]
+        attention,
+        norms[0],
         tuple(linears[:3]),
         linears[3],
-        network,  # type: ignore[arg-type]
-        norms[1],  # type: ignore[arg-type]
+        network,
+        norms[1],
         gate_up,
         children_of[down],
     )
 
 
 def config_of(model: nn.Module, parts: Parts) -> tuple[TransformerConfig, float]:
-    """The shape, and the scale of attention's scores; Unfit where a part differs from the others."""
+    """The shape, and the scale of attention's scores; Unfit where layers differ in it."""
     own: Any = model
     settings = vars(own.config.get_text_config(decoder=True))
     for name, value in settings.items():
@@ -137,7 +137,7 @@ def config_of(model: nn.Module, parts: Parts) -> tuple[TransformerConfig, float]
     scale = getattr(first.attention, "scaling", None)
     if not isinstance(scale, float):
         raise Unfit("attention doesn't say how its scores are scaled")
-    if any(layer.attention.scaling != scale for layer in parts.layers):  # type: ignore[comparison-overlap]
+    if any(layer.attention.scaling != scale for layer in parts.layers):
         raise Unfit("its layers scale scores differently")
     head: Any = parts.head
     config = TransformerConfig(
@@ -162,7 +162,7 @@ def shared_decoder(config: TransformerConfig, parts: Parts) -> Decoder:
     """A Decoder whose parameters are the model's own; several of them become one matrix."""
     with torch.device("meta"):
         decoder = Decoder(config)
-    decoder.embedding.weight = parts.embedding.weight
+    decoder.embedding.weight = parts.embedding.weight  # type: ignore[assignment]
     decoder.norm.weight = parts.norm.weight  # type: ignore[assignment]
     assert decoder.head is not None
     share(decoder.head, (parts.head,))
@@ -177,18 +177,18 @@ def shared_decoder(config: TransformerConfig, parts: Parts) -> Decoder:
     return decoder.eval()
 
 
-def share(ours: Any, theirs: Sequence[nn.Module]) -> None:
+def share(ours: Any, theirs: Sequence[Any]) -> None:
     """Give a linear of ours the weights and biases of theirs, one below the other."""
     del ours.weight
     packed = [m._llmcore_packed for m in theirs]
     if None not in packed:
         ours.weight = joined_packed(packed, theirs)
     else:
-        ours.weight = joined([m.weight for m in theirs])  # type: ignore[misc]
+        ours.weight = joined([m.weight for m in theirs])
     biases = [m._parameters.get("bias") for m in theirs]
     if any(b is None for b in biases) and any(b is not None for b in biases):
         raise Unfit("some linears have a bias and others not")
-    ours.bias = None if biases[0] is None else joined(biases)  # type: ignore[arg-type]
+    ours.bias = None if biases[0] is None else joined(biases)
 
 
 def joined(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
@@ -504,7 +504,7 @@ def is_plain_cache(cache: Any) -> bool:
     return type(cache) is DynamicCache and all(type(x) is DynamicLayer for x in cache.layers)
 
 
-def padding_on_the_left(mask: Any, batch: int, start: int, new: int) -> Tensor | None | bool:
+def padding_on_the_left(mask: Any, batch: int, start: int, new: int) -> Tensor | bool | None:
     """(B,) padding tokens of each sequence, None where there are none, False for another mask."""
     if mask is None:
         return None
@@ -547,7 +547,7 @@ class CausalDecoder(Swapped):
             passes = self._llmcore_passes
             if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 if args:
-                    named = dict(zip(_names(theirs), args, strict=False)) | named
+                    named = dict(zip(argument_names(theirs), args, strict=False)) | named
                     args = ()
                 result = passes.run(self, named)
                 if result is not None:
@@ -560,16 +560,14 @@ class CausalDecoder(Swapped):
         return {"forward": forward}
 
 
-@functools.cache
-def _names(function: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)[1:]
-
-
-def has_passes(model: nn.Module) -> bool:
+def has_passes(model: Any) -> bool:
     """Whether the model is transformers' and generates over a cache."""
     names = ("base_model", "get_output_embeddings", "get_input_embeddings", "can_generate")
-    return all(hasattr(model, name) for name in names) and "past_key_values" in _names(
-        type(model).forward
+    return (
+        all(hasattr(model, name) for name in names)
+        and model.get_output_embeddings() is not None
+        and not getattr(model.config, "is_encoder_decoder", False)
+        and {"input_ids", "past_key_values"} <= set(argument_names(type(model).forward))
     )
 
 

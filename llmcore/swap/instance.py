@@ -29,8 +29,9 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = super().__reduce_ex__(protocol)
-        if isinstance(made, tuple) and made[0] is copyreg.__newobj__ and made[1] == (type(self),):
-            return (empty, type(self)._llmcore_made_of, *made[2:])
+        plain = isinstance(made, tuple) and made[0] is vars(copyreg)["__newobj__"]
+        if plain and made[1] == (type(self),):
+            return (empty, made_of(type(self)), *made[2:])
         return made
 
 
@@ -47,9 +48,17 @@ def subclass(swap: type[Swapped], original: type[nn.Module]) -> type[nn.Module]:
     return type(original.__name__, (swap, original), members)
 
 
-def empty(swap: type[Swapped], original: type[nn.Module]) -> nn.Module:
-    """A swapped object whose state is still to come: where a pickle or a copy starts from."""
-    made = subclass(swap, original)
+def made_of(made: type[Any]) -> tuple[Any, ...]:
+    """The swaps of a class, the last one first, and behind them the class that was there."""
+    swap, original = made._llmcore_made_of
+    return (swap, *(made_of(original) if issubclass(original, Swapped) else (original,)))
+
+
+def empty(*parts: Any) -> Any:
+    """An object of the class of these swaps, its state still to come: for pickles and copies."""
+    *swaps, made = parts
+    for swap in reversed(swaps):
+        made = subclass(swap, made)
     return made.__new__(made)
 
 
@@ -77,7 +86,7 @@ class Change:
 def become(module: nn.Module, swap: type[Swapped], **attributes: Any) -> Change:
     """Make the module a `swap` with these attributes beside its own."""
     original = type(module)
-    module.__class__ = subclass(swap, original)
+    module.__class__ = subclass(swap, original)  # type: ignore[arg-type]  # classes are hashable
     module.__dict__.update(attributes)
     return Change(module, original, tuple(attributes))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llmcore import ops
 from llmcore.ops import contract
-from llmcore.ops.packed_weight import PackedWeight
+from llmcore.ops.packed_weight import PackedWeight, pack
 from llmcore.swap.instance import Swapped
 from llmcore.swap.structure import Structure, agrees, draw, own_tensors, takes_one_tensor
 
@@ -144,8 +144,9 @@ def _computes(
 def rows_of(module: nn.Module) -> tuple[Tensor, ...]:
     """A small input of a module whose first parameter tells the width."""
     weight = next(module.parameters(), None)
-    width = weight.shape[0] if weight is not None else module.normalized_shape[0]
-    return (draw(2, 3, width, like=weight),)  # type: ignore[arg-type]
+    width = _width(module, weight)
+    assert width is not None
+    return (draw(2, 3, width, like=weight),)
 
 
 # Activations
@@ -211,13 +212,28 @@ class Linear(Swapped):
             return super().forward(x)  # type: ignore[misc]
         return ops.linear(x, weight, bias)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)  # type: ignore[misc]
+        pack_anew(self)
+
+
+def pack_anew(module: Any) -> None:
+    """Pack a packed linear's weight again, as it was packed: it has other values now."""
+    packed = module._llmcore_packed
+    if packed is not None:
+        weight = module._parameters["weight"].detach()
+        rows = weight.T if isinstance(module, PackedColumns) else weight
+        options = {"asymmetric": True} if packed.minimums is not None else {}
+        groups = (packed.group,) if packed.group else ()
+        module.__dict__["_llmcore_packed"] = pack(rows, packed.format, *groups, **options)
+
 
 def linear(module: nn.Module) -> Found:
     return {"_llmcore_packed": None} if linear_layout(module) == "rows" else None
 
 
 def linear_layout(module: nn.Module) -> str | None:
-    """"rows" for a weight (N, K), "columns" for (K, N); None for what is no linear."""
+    """ "rows" for a weight (N, K), "columns" for (K, N); None for what is no linear."""
     tensors = own_tensors(module)
     weight, bias = tensors.get("weight"), tensors.get("bias")
     if [*module.children()] or set(tensors) - {"weight", "bias"} or not takes_one_tensor(module):
@@ -238,8 +254,8 @@ def linear_layout(module: nn.Module) -> str | None:
 
 def linear_inputs(module: nn.Module) -> tuple[Tensor, ...]:
     weight = module.weight
-    columns = weight.shape[0 if linear_layout(module) == "columns" else 1]  # type: ignore[index, union-attr]
-    return (draw(2, 3, columns, like=weight),)  # type: ignore[arg-type]
+    assert isinstance(weight, Tensor)
+    return (draw(2, 3, weight.shape[0 if linear_layout(module) == "columns" else 1], like=weight),)
 
 
 # Gated feed-forward networks
@@ -428,6 +444,10 @@ class PackedColumns(OneTensor):
 
     def _compute(self, x: Tensor) -> Tensor:
         return ops.linear(x, self._llmcore_packed, self._parameters.get("bias"))  # type: ignore[attr-defined]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)  # type: ignore[misc]
+        pack_anew(self)
 
 
 # Losses

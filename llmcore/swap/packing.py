@@ -21,7 +21,7 @@ from llmcore.models.packed import packed_matrix
 from llmcore.ops.packed_weight import PackedWeight
 from llmcore.swap.instance import Change, become
 from llmcore.swap.modules import Linear, PackedColumns, linear_layout
-from llmcore.swap.structure import Refusal, untouchable
+from llmcore.swap.structure import Refusal
 
 
 @dataclass
@@ -38,8 +38,6 @@ class Packing:
         ends  whether the matrix is an embedding too, or makes the model's logits
         Refusal where it can't be packed.
         """
-        if reason := untouchable(module):
-            raise Refusal("linear", reason)
         layout = "rows" if isinstance(module, Linear) else linear_layout(module)
         parameter = module.weight
         assert isinstance(parameter, nn.Parameter) and layout is not None
@@ -94,4 +92,4 @@ def in_file(values: Tensor) -> Tensor:
 def _bytes(values: Tensor, step: int = 1 << 26) -> Iterator[memoryview]:
     flat = values.detach().cpu().contiguous().flatten().view(torch.uint8)
     for begin in range(0, flat.numel(), step):
-        yield memoryview(flat[begin : begin + step].numpy())
+        yield flat[begin : begin + step].numpy().data

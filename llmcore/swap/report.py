@@ -82,8 +82,8 @@ def _pattern(name: str) -> str:
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name) or "(the model)"
 
 
-def _grouped(items: list, key: Callable) -> dict:  # type: ignore[type-arg]
-    groups: dict = {}  # type: ignore[type-arg]
+def _grouped(items: list, key: Callable) -> dict:
+    groups: dict = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups

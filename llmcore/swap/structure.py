@@ -71,13 +71,11 @@ def untouchable(module: nn.Module) -> str:
 def apply(structure: Structure, module: nn.Module) -> tuple[Change, float] | None:
     """Swap the module if it has this structure; the change and the error it was seen to make.
 
-    Refusal when it may not be, or gives something else than before.
+    Refusal when it gives something else than before. `untouchable` has been asked.
     """
     attributes = recognised(structure, module)
     if attributes is None:
         return None
-    if reason := untouchable(module):
-        raise Refusal(structure.name, reason)
     if structure.inputs is None:
         return become(module, structure.swap, **attributes), 0.0
     call = (structure.inputs(module), structure.options, structure.gradients)
@@ -106,7 +104,7 @@ def recognised(structure: Structure, module: nn.Module) -> Mapping[str, Any] | N
 
 def draw(*shape: int, like: Tensor | None = None, seed: int = SEED) -> Tensor:
     """A seeded normal tensor, of `like`'s dtype and device."""
-    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return values if like is None else values.to(like.device, like.dtype)
 
 

@@ -147,7 +147,7 @@ class Layer(Swapped):
             stream = x + branch
             return norm(stream), stream
         assert isinstance(norm, LayerNorm)
-        parameters: Any = norm._parameters  # type: ignore[attr-defined]
+        parameters: Any = norm._parameters
         return ops.add_layer_norm(
             branch, x, parameters.get("weight"), parameters.get("bias"), norm._llmcore_eps
         )
