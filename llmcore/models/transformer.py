@@ -153,3 +153,43 @@ class Decoder(nn.Module):
         if self.head is not None:
             return self.head(hidden)
         return ops.linear(hidden, self.embedding.weight)
+
+
+# CONTRACT (being filled in): what training may build on.
+#
+# Decoder(config)
+#   model(ids (B,T), attention_mask=None, cu_seqlens=None) -> logits (B,T,V)
+#   model.hidden(ids, attention_mask=None, cu_seqlens=None) -> (B,T,C), ready for the head
+#   model.loss(ids, targets, *, cu_seqlens=None, label_smoothing=0.0, reduction="mean") -> loss
+#       targets (B,T) int64, -100 where none; by linear_cross_entropy: logits are never whole
+#   model.head_weight (V,C), model.head_bias (V,) or None
+#   cu_seqlens (documents + 1,) int32/int64: ids' B*T tokens, row by row, are packed documents that
+#       begin at 0 and end there: each sees itself only, its positions begin at 0 (attention_varlen)
+#   model.checkpoint_blocks = True: activations of a block are computed again in the backward pass
+#   config.dropout > 0: active in model.train()
+
+
+class Encoder(nn.Module):
+    """Encoder(config)(ids (B,T), attention_mask=None, token_types=None, cu_seqlens=None) -> hidden
+    (B,T,C); attention_mask (B,T), False is padding, on any side.
+
+    config.outputs says which heads there are:
+      model.pooled(hidden) -> (B,C)                      "pooler": tanh(dense(first token))
+      model.masked_language(hidden) -> logits (...,V)    "masked_language"; hidden (...,C)
+      model.next_sentence(hidden) -> logits (B,2)        "next_sentence", through the pooler
+      model.masked_language_loss(hidden, targets (B,T), label_smoothing=0.0) -> loss, -100 ignored
+    pool(hidden, attention_mask=None, kind="mean"|"first") -> (B,C) is a function beside it.
+    """
+
+
+class EncoderDecoder(nn.Module):
+    """EncoderDecoder(config)(source_ids (B,S), target_ids (B,T), source_mask=None) -> logits
+    (B,T,V). target_ids begin with config.start_id; both padded on the right, or the source with
+    source_mask (False is padding) on any side.
+
+      model.encode(source_ids, source_mask=None) -> hidden (B,S,C)
+      model.loss(source_ids, target_ids, targets, source_mask=None, label_smoothing=0.0) -> loss
+          targets (B,T), -100 where none
+      model.cross_attention(source_ids, target_ids, source_mask=None) -> weights (L,B,H,T,S)
+      generate(model, source_ids or texts, max_new_tokens=..., num_beams=...) -> targets
+    """
