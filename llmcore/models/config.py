@@ -39,7 +39,7 @@ class TransformerConfig:
                     "relu", "silu" (plain)
     bias            whether the linear layers of the blocks have one
     qkv_bias        queries, keys and values have one even without `bias` (Qwen 2)
-    qk_norm         an RMS norm over D of each query and key, before they are rotated (Qwen 3)
+    qk_norm         a norm over D of each query and key, before they are rotated (Qwen 3)
     positions       "rope" (half-split pairs, all of D), "learned" (one vector for each position),
                     "sinusoidal" (the same, fixed: sines, then cosines), "alibi" (scores fall with
                     distance), "relative" (T5's learned bias for each bucket of distances)
