@@ -98,8 +98,10 @@ class Attention(nn.Module):
             y = ops.attention_varlen(*rows, ends, ends, causal=self.causal, **self.options)
             return y.view(len(q), -1, self.heads, self.head_width).transpose(1, 2)
         options = self.options
-        if now.bias is not None or now.slopes is not None:
-            options = {**options, "mask": now.bias, "alibi_slopes": now.slopes}
+        if now.bias is not None:
+            options = {**options, "mask": now.bias}
+        if now.slopes is not None:
+            options = {**options, "alibi_slopes": now.slopes}
         if now.cache is not None:
             now.cache.store(self.layer, k, v, now.span)
             return now.cache.attend(self.layer, q, now.span, options)
@@ -168,8 +170,8 @@ def activate(name: str, hidden: Tensor) -> Tensor:
         return ops.geglu(*hidden.chunk(2, dim=-1), approximate="tanh")
     if name == "relu":
         return F.relu(hidden)
-    if name == "silu":
-        return F.silu(hidden)
+    if name == "silu":  # torch's own has other bits at the end of a tensor than inside
+        return ops.swiglu(hidden, torch.ones_like(hidden))
     return ops.gelu(hidden, approximate="tanh" if name == "gelu_tanh" else "none")
 
 

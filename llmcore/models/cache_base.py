@@ -93,6 +93,7 @@ class Source:
         full = torch.full((len(keys[0]),), self.keys[0].shape[2], device=keys[0].device)
         return Source(keys, values, full if self.lengths is None else self.lengths)
 
+
 @dataclass(frozen=True)
 class Kept:
     """What a cache holds of one sequence: keys and values (G, n, D), scales (G, n).

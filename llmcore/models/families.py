@@ -6,7 +6,6 @@ Face keeps queries, keys and values apart, we don't. `{}` is a number: of the la
 `read` and `write`.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -640,7 +639,11 @@ HUGGING_FACE_MARIAN = Family(
         "bias": True,
         "head_bias": True,
     },
-    required={"share_encoder_decoder_embeddings": True, "static_position_embeddings": True, **_PLAIN},
+    required={
+        "share_encoder_decoder_embeddings": True,
+        "static_position_embeddings": True,
+        **_PLAIN,
+    },
     read=_read_marian,
     write=_write_marian,
 )
@@ -756,9 +759,7 @@ GGUF_LLAMA = Family(
 # Our own names, of each kind of model.
 LLMCORE = Family("an llmcore", kind="llmcore_decoder")
 LLMCORE_ENCODER = Family("an llmcore", model=Encoder, kind="llmcore_encoder")
-LLMCORE_ENCODER_DECODER = Family(
-    "an llmcore", model=EncoderDecoder, kind="llmcore_encoder_decoder"
-)
+LLMCORE_ENCODER_DECODER = Family("an llmcore", model=EncoderDecoder, kind="llmcore_encoder_decoder")
 
 OURS = (LLMCORE, LLMCORE_ENCODER, LLMCORE_ENCODER_DECODER)
 HUGGING_FACE = (

@@ -207,9 +207,7 @@ def refuses_cache(model: Decoder, cache: Cache) -> list[str]:
     """Why passes over this cache go module by module; empty when they need not."""
     reasons, dtype = [], model.dtype
     if cache.dtype is not None and dtype != torch.float32:
-        reasons.append(
-            f"a cache in {cache.dtype} beside activations in {dtype}: float32 is needed"
-        )
+        reasons.append(f"a cache in {cache.dtype} beside activations in {dtype}: float32 is needed")
     if model.training and model.config.dropout:
         reasons.append("dropout in training")
     if model.cross:

@@ -1,8 +1,8 @@
 """The three models, of one kind of block.
 
-    Decoder          token ids in, logits of the next token out          embedding -> stack -> head
-    Encoder          token ids in, hidden states out                     embedding -> stack
-    EncoderDecoder   a source text in, its continuation as another one   encoder -> decoder -> head
+Decoder          token ids in, logits of the next token out          embedding -> stack -> head
+Encoder          token ids in, hidden states out                     embedding -> stack
+EncoderDecoder   a source text in, its continuation as another one   encoder -> decoder -> head
 """
 
 import torch

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from shapes import FAMILIES
+from model_shapes import FAMILIES
 
 from llmcore.models import Encoder, EncoderDecoder, load
 from llmcore.models.convert import hugging_face_of, to_theirs, to_transformers
@@ -83,4 +83,6 @@ def test_family_gradients_equal_transformers(pair):
         if parameter.grad is None or name not in found:  # fused experts, fixed positions
             continue
         scale = max(1.0, float(parameter.grad.abs().max()))
-        torch.testing.assert_close(found[name] / scale, parameter.grad / scale, atol=5e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            found[name] / scale, parameter.grad / scale, atol=5e-5, rtol=1e-4
+        )
