@@ -1,4 +1,4 @@
-"""What an encoder-decoder's targets are conditioned on: source texts, encoded when their turn comes.
+"""The source texts that an encoder-decoder's targets are conditioned on, encoded in their turn.
 
 A source's keys and values for cross-attention are made once, and move with its sequence from cache
 to cache; the decoder's own passes are those of any other decoder.

@@ -1,4 +1,4 @@
-"""Other libraries' weights and configs as ours, and ours as theirs, by the tables of families.py."""
+"""Other libraries' weights and configs as ours, and ours as theirs, by the tables of families."""
 
 import dataclasses
 import re

@@ -144,6 +144,7 @@ class Plan:
 
     def _layer(self, block: nn.Module) -> Any:
         assert native.module is not None and isinstance(block, Block)
+        assert isinstance(block.feed_forward, FeedForward)
         return native.module.DecoderLayer(
             attention_norm=self._norm(block.attention_norm),
             qkv=self._linear(block.attention.qkv),

@@ -85,7 +85,9 @@ class Stack(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of what is not packed, and so of hidden states."""
-        return self.blocks[0].feed_forward_norm.weight.dtype
+        block = self.blocks[0]
+        assert isinstance(block, Block)
+        return block.attention_norm.weight.dtype
 
     def run(
         self,

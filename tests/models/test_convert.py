@@ -119,9 +119,8 @@ def test_convert_refuses_other_llamas(tiny_decoder, change, message):
 def test_convert_refuses_to_call_gpt2_a_llama(tiny_decoder, gpt2_shape):
     with pytest.raises(ValueError, match="a Hugging Face Llama model has window None, not 9"):
         config_to_hugging_face(tiny_decoder(window=9).config)
-    with pytest.raises(
-        ValueError, match="has norm 'rms_norm', not 'layer_norm', .*'rope', not 'learned'"
-    ):
+    message = r"has norm 'rms_norm', not 'layer_norm', .*'rope', not 'learned'"
+    with pytest.raises(ValueError, match=message):
         config_to_hugging_face(tiny_decoder(**gpt2_shape).config)
 
 

@@ -1,6 +1,7 @@
 """Every option of a decoder keeps the laws: the past is the past, bits are bits, it learns."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_option_packed_documents_are_alone(decoder):
             decoder(ids, cu_seqlens=cu_seqlens)
         return
     found = decoder(ids, cu_seqlens=cu_seqlens).flatten(0, 1)
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in pairwise(ends):
         alone = decoder(ids.flatten()[None, start:end])[0]
         torch.testing.assert_close(found[start:end], alone, atol=1e-5, rtol=1e-5)
     targets = ids.roll(-1, dims=1)
