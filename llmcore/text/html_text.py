@@ -46,7 +46,7 @@ class _Reader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in _LINES:
-            self.text.append("\n")
+            self._break()
         if tag in _EMPTY:
             return
         attributes = dict(attrs)
@@ -69,7 +69,12 @@ class _Reader(HTMLParser):
             if name == tag:
                 break
         if tag in _LINES:
-            self.text.append("\n")
+            self._break()
+
+    def _break(self) -> None:
+        self.text.append("\n")
+        if self._current is not None:
+            self.by_id[self._current[0]].append(" ")
 
     def handle_data(self, data: str) -> None:
         if self._silent:

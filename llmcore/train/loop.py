@@ -146,6 +146,7 @@ class Trainer:
                     loss = float(self.spread(**batch.inputs))
                 if start + rank == number:
                     total, targets = total + loss, targets + batch.targets
+            self.processes.reshard(self.spread)
         self.spread.train(training)
         return self.processes.sum(total) / self.processes.sum(targets)
 

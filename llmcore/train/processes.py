@@ -71,6 +71,11 @@ class Processes:
             spread.set_requires_gradient_sync(last)  # type: ignore[operator]
             yield
 
+    def reshard(self, spread: nn.Module) -> None:
+        """Behind passes without a backward one, which leave fsdp's weights gathered."""
+        if self.count > 1 and self.parallel == "fsdp":
+            spread.reshard()  # type: ignore[operator]
+
     def sum(self, value: float) -> float:
         """Over all processes, in float64."""
         if self.count == 1:

@@ -45,7 +45,10 @@ def test_loop_resumes_to_the_same_bits(tmp_path: Path, data: Packed) -> None:
     whole.run()
     cut = tmp_path / "cut"
     stopped = small_trainer(
-        cut, Stopping(data, 11, ZeroDivisionError()), checkpoint_every=3, validation=validation(data)
+        cut,
+        Stopping(data, 11, ZeroDivisionError()),
+        checkpoint_every=3,
+        validation=validation(data),
     )
     with pytest.raises(ZeroDivisionError):  # as a kill: in the middle of the sixth step
         stopped.run()
