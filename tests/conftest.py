@@ -5,6 +5,7 @@ in run_report.py.
 """
 
 import os
+from functools import partial
 
 # Before llmcore is imported, which asks it once: Triton's kernels run in its interpreter here.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -45,11 +46,12 @@ GPT2_SHAPE = {
 
 
 @pytest.fixture
-def tiny_decoder():
-    """make(seed=0, **changes) -> a decoder whose weights are large enough to tell errors by."""
+def tiny_model():
+    """make(kind=Decoder, seed=0, **changes) -> a model with weights large enough to tell errors
+    by, of the class `kind`."""
 
-    def make(seed: int = 0, **changes) -> Decoder:
-        model = Decoder(TransformerConfig(**{**TINY, **changes})).eval()
+    def make(kind=Decoder, seed: int = 0, **changes):
+        model = kind(TransformerConfig(**{**TINY, **changes})).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -63,6 +65,12 @@ def tiny_decoder():
     torch.set_num_threads(1)
     yield make
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny_decoder(tiny_model):
+    """make(seed=0, **changes) -> a Decoder, as tiny_model makes it."""
+    return partial(tiny_model, Decoder)
 
 
 @pytest.fixture

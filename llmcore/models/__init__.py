@@ -4,6 +4,16 @@ from llmcore.models.cache import KVCache
 from llmcore.models.config import TransformerConfig
 from llmcore.models.files import load, save
 from llmcore.models.paged_cache import PagedKVCache
-from llmcore.models.transformer import Decoder
+from llmcore.models.transformer import Decoder, Encoder, EncoderDecoder, pool
 
-__all__ = ["Decoder", "KVCache", "PagedKVCache", "TransformerConfig", "load", "save"]
+__all__ = [
+    "Decoder",
+    "Encoder",
+    "EncoderDecoder",
+    "KVCache",
+    "PagedKVCache",
+    "TransformerConfig",
+    "load",
+    "pool",
+    "save",
+]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from llmcore.models.block import Packable
+from llmcore.models.layers import Packable
 from llmcore.models.transformer import Decoder
 from llmcore.ops.packed_weight import GROUPS, PackedWeight, pack
 
