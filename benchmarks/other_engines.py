@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from llmcore.models import Decoder
-from llmcore.models.convert import GGUF_LLAMA, to_theirs
+from llmcore.models.convert import to_theirs
+from llmcore.models.families import GGUF_LLAMA
 from llmcore.storage import whole
 
 from .engines import LLAMA_CPP, OTHERS, Engine, Job, Stepping

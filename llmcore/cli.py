@@ -20,8 +20,14 @@ COMMANDS = {
     "chat": ("llmcore.chat_command", "talk with a model"),
     "generate": ("llmcore.generate_command", "answer a file of prompts, resuming where it stopped"),
     "evaluate": ("llmcore.evaluate_command", "perplexity of text, and what packed weights change"),
-    "data inspect": ("llmcore.data_inspect_command", "counts, lengths, copies and examples of text"),
-    "pretrain": ("llmcore.pretrain_command", "train a model from nothing, on your text or a corpus"),
+    "data inspect": (
+        "llmcore.data_inspect_command",
+        "counts, lengths, copies and examples of text",
+    ),
+    "pretrain": (
+        "llmcore.pretrain_command",
+        "train a model from nothing, on your text or a corpus",
+    ),
     "bench": (
         "llmcore.benchmarks.command",
         "time every op against torch, as a share of this machine's limits",
@@ -54,3 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command.run(parser.parse_args(arguments[words:]))
     except KeyboardInterrupt:
         return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

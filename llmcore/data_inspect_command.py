@@ -1,4 +1,4 @@
-"""`llmcore data inspect`: what is in a corpus, a file or a folder, before anything learns from it."""
+"""`llmcore data inspect`: what is in a corpus or files before anything learns from it."""
 
 import argparse
 import random

@@ -105,6 +105,11 @@ class Packed:
         """Targets of one epoch."""
         return self._order.count * self.length
 
+    @property
+    def batches(self) -> int:
+        """Whole batches of one epoch."""
+        return self._order.count // self.rows
+
     def batch(self, position: int) -> Batch:
         """Batch number `position`: ids and targets (rows, length), and cu_seqlens (documents + 1)
         where documents begin in the rows, one row behind the other."""

@@ -1,8 +1,8 @@
 """From documents to what is trained on: cleaned, each once, split, tokenized, in shards.
 
-    tokenizer.json ...      trained on the training part only
-    training/ validation/   shards
-    preparation.json        the settings and what came out; the same settings find it ready
+tokenizer.json ...      trained on the training part only
+training/ validation/   shards
+preparation.json        the settings and what came out; the same settings find it ready
 """
 
 import dataclasses
@@ -23,8 +23,13 @@ REPORT_FILE = "preparation.json"
 
 @dataclass(frozen=True)
 class Preparation:
-    """sources: names of corpora, files, folders; held_out: the validation's share of documents;
-    near_duplicates: how much two documents may overlap (1.0: only equal ones are dropped)."""
+    """What is to come out of which texts.
+
+    sources           names of corpora, files, folders
+    held_out          the validation's share of the documents
+    near_duplicates   how much two documents may overlap; 1.0: only equal ones are dropped
+    special           tokens that the vocabulary has besides the one that ends a text
+    """
 
     sources: tuple[str, ...]
     vocabulary: Vocabulary = "bpe"
@@ -32,9 +37,11 @@ class Preparation:
     held_out: float = 0.05
     near_duplicates: float = 0.8
     seed: int = 0
+    special: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", tuple(self.sources))
+        object.__setattr__(self, "special", tuple(self.special))
         if not self.sources:
             raise ValueError("sources: at least one corpus, file or folder is needed")
         if not 0.0 < self.held_out < 1.0:
@@ -62,7 +69,7 @@ def prepare(preparation: Preparation, folder: Path) -> Prepared:
     """
     texts = [text for source in preparation.sources for text in corpora.documents(source)]
     settings = {**dataclasses.asdict(preparation), "texts": _digest(texts)}
-    settings["sources"] = list(preparation.sources)
+    settings = json.loads(json.dumps(settings))
     if (folder / REPORT_FILE).is_file():
         return _ready(folder, settings)
     cleaned = [text for text in map(cleaning.clean, texts) if text]
@@ -75,7 +82,7 @@ def prepare(preparation: Preparation, folder: Path) -> Prepared:
         )
     with whole(folder) as part:
         part.mkdir()
-        tokenizer = made_tokenizer(training, preparation.vocabulary, preparation.vocab_size)
+        tokenizer = made_tokenizer(training, preparation)
         tokenizer.save(part)
         shards = {
             name: write_shards(part / name, documents, tokenizer)
@@ -96,14 +103,16 @@ def prepare(preparation: Preparation, folder: Path) -> Prepared:
     return _ready(folder, settings)
 
 
-def made_tokenizer(texts: Sequence[str], kind: Vocabulary, size: int) -> Tokenizer:
-    """A tokenizer of this kind for these texts; ValueError for another kind."""
+def made_tokenizer(texts: Sequence[str], preparation: Preparation) -> Tokenizer:
+    """The tokenizer that is asked for, from these texts; ValueError for another kind."""
+    kind, size = preparation.vocabulary, preparation.vocab_size
+    special = (vocabulary.END, *preparation.special)
     if kind == "bpe":
-        return vocabulary.train_bpe(texts, size)
+        return vocabulary.train_bpe(texts, size, special)
     if kind == "words":
-        return vocabulary.train_words(texts, size)
+        return vocabulary.train_words(texts, size, special)
     if kind == "bytes":
-        return vocabulary.byte_tokenizer()
+        return vocabulary.byte_tokenizer(special)
     raise ValueError(f"vocabulary must be bpe, words or bytes, got {kind!r}")
 
 
