@@ -25,19 +25,26 @@ FAMILIES = {
 
 # Each may import from those on lines above it, and from its own.
 LAYERS = (
+    ("storage",),
+    ("packages",),
     ("native",),
     ("device",),
     ("dispatch",),
     ("kernels",),
     ("ops",),
     ("verify", "text"),
-    ("models",),
+    ("models", "history"),
     ("generation",),
     ("generate", "evaluate"),
+    ("train",),
     ("model_arguments",),
     (
         "benchmarks",
         "demo",
+        "history_demo",
+        "translate_demo",
+        "data_inspect_command",
+        "pretrain_command",
         "verify_command",
         "chat_command",
         "generate_command",

@@ -92,14 +92,11 @@ def save(model: Model, tokenizer: Tokenizer, folder: str | Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         new, old = Path(temporary) / "new", Path(temporary) / "old"
         new.mkdir()
-        kind = next(kind for kind, family in KINDS.items() if isinstance(model, family.model))
-        config = {"model_type": kind, **dataclasses.asdict(model.config)}
-        (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        describe(model, tokenizer, new)
         state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         safetensors.torch.save_file(state, new / WEIGHTS_FILE, metadata={"format": "pt"})
         # safetensors keeps its file from other users; it shall be as readable as the others.
         (new / WEIGHTS_FILE).chmod((new / CONFIG_FILE).stat().st_mode)
-        tokenizer.save(new)
         if folder.exists():
             os.replace(folder, old)
         try:
@@ -108,6 +105,14 @@ def save(model: Model, tokenizer: Tokenizer, folder: str | Path) -> None:
             if old.exists():
                 os.replace(old, folder)
             raise
+
+
+def describe(model: Model, tokenizer: Tokenizer, folder: Path) -> None:
+    """All that `save` writes into a folder but the weights."""
+    kind = next(kind for kind, family in KINDS.items() if isinstance(model, family.model))
+    config = {"model_type": kind, **dataclasses.asdict(model.config)}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save(folder)
 
 
 def _foreign(folder: Path) -> str | None:

