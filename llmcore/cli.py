@@ -17,6 +17,10 @@ COMMANDS = {
         "llmcore.history_demo",
         "n-grams, recurrent networks and a transformer side by side, and the vanishing gradient",
     ),
+    "demo similarity": (
+        "llmcore.similarity_demo",
+        "sentences ranked by meaning, with a small real encoder",
+    ),
     "chat": ("llmcore.chat_command", "talk with a model"),
     "generate": ("llmcore.generate_command", "answer a file of prompts, resuming where it stopped"),
     "evaluate": ("llmcore.evaluate_command", "perplexity of text, and what packed weights change"),
