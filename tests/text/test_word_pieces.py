@@ -57,5 +57,5 @@ def test_word_pieces_refuses_other_tokenizers(inner, tiny_tokenizer):
     with pytest.raises(ValueError, match="a byte-level BPE tokenizer is accepted"):
         Tokenizer(inner)
     bare = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "[CLS]": 1}, unk_token="[UNK]"))
-    with pytest.raises(ValueError, match=r"lacks \[SEP\], \[PAD\], \[MASK\]"):
+    with pytest.raises(ValueError, match=r"lacks \[SEP\]"):
         WordPieces(bare)
