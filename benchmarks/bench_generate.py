@@ -28,7 +28,7 @@ from llmcore.models import Decoder, TransformerConfig
 from llmcore.models.convert import to_transformers
 from llmcore.models.files import load
 from llmcore.models.packed import pack_weights
-from llmcore.models.smollm2 import cache_folder
+from llmcore.storage import cache_folder, whole
 
 from . import contest, engines, machine, other_engines, plot, roofline, timing
 from .contest import QUIET, rested
@@ -457,7 +457,7 @@ def stock_folder(model: Decoder, tokenizer: Any, folder: Path) -> Path | None:
     path = folder / "transformers"
     with contextlib.suppress(ImportError):
         if not path.exists():
-            with other_engines.whole(path) as part:
+            with whole(path) as part:
                 to_transformers(model).save_pretrained(part)
                 tokenizer.save(part)
     return path if path.exists() else None

@@ -6,14 +6,11 @@ a file appears whole or not at all.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import logging
 import os
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,9 @@ import torch
 from torch import Tensor
 
 from llmcore.models import Decoder
-from llmcore.models.convert import GGUF_LLAMA, to_theirs
+from llmcore.models.convert import to_theirs
+from llmcore.models.families import GGUF_LLAMA
+from llmcore.storage import whole
 
 from .engines import LLAMA_CPP, OTHERS, Engine, Job, Stepping
 
@@ -34,16 +33,6 @@ CTRANSLATE2_WIDTHS = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
 REST = 0.02
 """Seconds after a turn: GNU's OpenMP, which llama.cpp and CTranslate2 use, spins for some
 milliseconds."""
-
-
-@contextlib.contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """A place beside `target` to write a file or a folder to, which then becomes `target`."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".making-", dir=target.parent) as folder:
-        part = Path(folder) / target.name
-        yield part
-        os.replace(part, target)
 
 
 def write_gguf(model: Decoder, path: Path) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from llmcore import ops
 from llmcore.models.cache import KVCache
@@ -49,7 +50,7 @@ class Likelihood:
 
 
 def evaluate(
-    model: Decoder,
+    model: nn.Module,
     tokenizer: Tokenizer,
     text: str | bytes | Sequence[int],
     *,
@@ -58,12 +59,13 @@ def evaluate(
 ) -> Likelihood:
     """The likelihood of a text, or of token ids.
 
+    model   a Decoder, or any causal model with a config.context_length: ids (1, T) to logits
     window  tokens that the model sees at once; by default 1024, or its context where that is less
     stride  how far windows move on; by default half a window
 
     ValueError for a window or stride out of range, or what the tokenizer can't encode.
     """
-    context = model.config.context_length
+    context: int = model.config.context_length  # type: ignore[union-attr, assignment]
     window = min(1024, context) if window is None else window
     if not 2 <= window <= context:
         raise ValueError(f"window must be from 2 to the context of {context}, got {window}")
@@ -82,12 +84,15 @@ def evaluate(
 
 
 @torch.no_grad()
-def _nats(model: Decoder, ids: list[int], first: int) -> float:
+def _nats(model: nn.Module, ids: list[int], first: int) -> float:
     """-log p of the tokens from place `first` on, each from those before it."""
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     tokens = torch.tensor([ids], device=device)
-    cache = KVCache(model.config, 1, len(ids))
-    if first > 1:  # what is only read needs no logits
-        model(tokens[:, : first - 1], cache, last_only=True)
-    logits = model(tokens[:, first - 1 : -1], cache)[0].float()
+    if isinstance(model, Decoder):
+        cache = KVCache(model.config, 1, len(ids))
+        if first > 1:  # what is only read needs no logits
+            model(tokens[:, : first - 1], cache, last_only=True)
+        logits = model(tokens[:, first - 1 : -1], cache)[0].float()
+    else:
+        logits = model(tokens[:, :-1])[0, first - 1 :].float()
     return float(ops.cross_entropy(logits, tokens[0, first:], reduction="none").double().sum())

@@ -5,6 +5,7 @@ in run_report.py.
 """
 
 import os
+from functools import partial
 
 # Before llmcore is imported, which asks it once: Triton's kernels run in its interpreter here.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -20,8 +21,8 @@ from run_report import (  # noqa: F401  (pytest finds hooks and fixtures by name
 )
 
 from llmcore.dispatch import REGISTRY
-from llmcore.models import Decoder, TransformerConfig, load, smollm2
-from llmcore.text import Tokenizer
+from llmcore.models import Decoder, Encoder, TransformerConfig, load, minilm, smollm2
+from llmcore.text import Tokenizer, WordPieces
 from llmcore.text.tokenizer import _byte_alphabet
 
 TINY = {
@@ -45,15 +46,16 @@ GPT2_SHAPE = {
 
 
 @pytest.fixture
-def tiny_decoder():
-    """make(seed=0, **changes) -> a decoder whose weights are large enough to tell errors by."""
+def tiny_model():
+    """make(kind=Decoder, seed=0, std=0.3, **changes) -> a model of the class `kind`, with weights
+    large enough to tell errors by."""
 
-    def make(seed: int = 0, **changes) -> Decoder:
-        model = Decoder(TransformerConfig(**{**TINY, **changes})).eval()
+    def make(kind=Decoder, seed: int = 0, std: float = 0.3, **changes):
+        model = kind(TransformerConfig(**{**TINY, **changes})).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.normal_(std=0.3, generator=generator)
+                parameter.normal_(std=std, generator=generator)
                 if parameter.ndim == 1:
                     parameter.add_(1.0)
         return model
@@ -63,6 +65,12 @@ def tiny_decoder():
     torch.set_num_threads(1)
     yield make
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny_decoder(tiny_model):
+    """make(seed=0, **changes) -> a Decoder, as tiny_model makes it."""
+    return partial(tiny_model, Decoder)
 
 
 @pytest.fixture
@@ -102,6 +110,16 @@ def smollm2_files() -> str:
         return str(smollm2.obtain(download=False))
     except FileNotFoundError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def minilm_pair() -> tuple[Encoder, WordPieces]:
+    """MiniLM and its tokenizer, shared: not to be changed."""
+    try:
+        minilm.obtain(download=False)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    return load("minilm")
 
 
 @pytest.fixture(scope="session")

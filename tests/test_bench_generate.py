@@ -11,7 +11,7 @@ import torch
 from bench_cases import needs_native
 
 from llmcore import cli
-from llmcore.benchmarks import bench_generate, engines, other_engines
+from llmcore.benchmarks import bench_generate, engines
 from llmcore.models import Decoder, TransformerConfig
 
 CONFIG = TransformerConfig(
@@ -74,13 +74,6 @@ def test_bench_generate_counts_what_a_pass_reads() -> None:
     cached = 2 * 2 * 2 * 16 * 4 * 8 * 2
     assert engine.bytes_of(DECODE) == 4 * matrices + cached
     assert engine.operations_of(DECODE) == 2 * 2 * matrices
-
-
-def test_bench_generate_files_appear_whole(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), other_engines.whole(tmp_path / "a") as part:
-        part.write_text("half")
-        raise KeyError
-    assert not list(tmp_path.iterdir())
 
 
 @needs_native

@@ -25,6 +25,8 @@ FAMILIES = {
 
 # Each may import from those on lines above it, and from its own.
 LAYERS = (
+    ("storage",),
+    ("packages",),
     ("native",),
     ("device",),
     ("dispatch",),
@@ -33,13 +35,19 @@ LAYERS = (
     ("attention_mask", "eager_attention", "patch_sdpa"),
     ("attention_interface",),
     ("verify", "text"),
-    ("models",),
+    ("models", "history"),
     ("generation", "swap"),
     ("generate", "evaluate", "accelerate"),
+    ("train",),
     ("model_arguments",),
     (
         "benchmarks",
         "demo",
+        "history_demo",
+        "similarity_demo",
+        "translate_demo",
+        "data_inspect_command",
+        "pretrain_command",
         "verify_command",
         "chat_command",
         "generate_command",

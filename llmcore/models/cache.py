@@ -7,12 +7,13 @@ every batch, and padding costs no attention.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmcore import ops
-from llmcore.models.cache_base import KEY_CHUNK, Cache, Kept, Span
+from llmcore.models.cache_base import KEY_CHUNK, Cache, Span
 from llmcore.models.config import TransformerConfig
 from llmcore.models.kv_buffers import Buffers, StoredDtype, encode
 
@@ -61,46 +62,37 @@ class KVCache(Cache):
             if scales is not None and scale is not None:
                 _write(scales, scale, span)
 
-    def attend(self, layer: int, q: Tensor, span: Span) -> Tensor:
+    def attend(self, layer: int, q: Tensor, span: Span, options: dict[str, Any]) -> Tensor:
         k, v, scales = self.buffers.read(layer, q.dtype, lambda tensor: tensor[:, :, : span.end])
         return ops.attention(
             q,
             k,
             v,
             causal=True,
-            window=self.config.attention_window,
             kv_lengths=span.kv_lengths,
             q_offset=span.q_offset,
+            **options,
             **scales,
         )
 
-    def select(self, rows: Tensor) -> None:
+    def _select(self, rows: list[int]) -> None:
         """As Cache says. Where rows only leave, those behind them move up; else, all are copied."""
-        wanted = rows.tolist()
-        if all(first < second for first, second in pairwise(wanted)):
+        if all(first < second for first, second in pairwise(rows)):
             for tensor in self.buffers.tensors():
-                for place, row in enumerate(wanted):
+                for place, row in enumerate(rows):
                     if place != row:
                         tensor[place, :, : self._used[row]] = tensor[row, :, : self._used[row]]
-            self.buffers = self.buffers.map(lambda tensor: tensor[: len(wanted)])
+            self.buffers = self.buffers.map(lambda tensor: tensor[: len(rows)])
         else:
             self.buffers = self.buffers.map(lambda tensor: tensor[rows])
-        self.batch = len(wanted)
-        self._used = [self._used[row] for row in wanted]
-        self._forgotten = [self._forgotten[row] for row in wanted]
 
-    def take(self, row: int) -> Kept:
-        kept = self.buffers.map(lambda tensor: tensor[row, :, : self._used[row]])
-        return Kept(kept, self._forgotten[row])
+    def _take(self, row: int) -> Buffers:
+        return self.buffers.map(lambda tensor: tensor[row, :, : self._used[row]])
 
-    def put(self, row: int, kept: Kept) -> None:
-        self._check_kept(kept)
-        self._used[row] = self._forgotten[row] = 0
-        length = kept.length - kept.first
-        self._grow(length, kept.buffers.keys[0])
-        for tensor, source in zip(self.buffers.tensors(), kept.buffers.tensors(), strict=True):
+    def _put(self, row: int, buffers: Buffers, length: int) -> None:
+        self._grow(length, buffers.keys[0])
+        for tensor, source in zip(self.buffers.tensors(), buffers.tensors(), strict=True):
             tensor[row, :, :length] = source
-        self._used[row], self._forgotten[row] = length, kept.first
 
     def _make_room(self, new: int, like: Tensor) -> None:
         if self.keys and max(self._used) + new > self.capacity:

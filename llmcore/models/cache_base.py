@@ -41,14 +41,74 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Source:
+    """What cross-attention sees of B source texts, whatever the number of tokens after them.
+
+    keys, values  of each layer, (B, G, S, D)
+    lengths       (B,) int64: the source's own among S; None when all are S
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    lengths: Tensor | None = None
+
+    def select(self, rows: Tensor) -> "Source":
+        """Only these sources, (K,) int64 indices, in this order."""
+        lengths = None if self.lengths is None else self.lengths[rows]
+        return Source([k[rows] for k in self.keys], [v[rows] for v in self.values], lengths)
+
+    def take(self, row: int) -> "Source":
+        """One of these, as long as it is."""
+        end = None if self.lengths is None else int(self.lengths[row])
+        keys, values = (
+            [tensor[row : row + 1, :, :end] for tensor in tensors]
+            for tensors in (self.keys, self.values)
+        )
+        return Source(keys, values)
+
+    def put(self, row: int, other: "Source") -> "Source":
+        """These with another's only source in the place of one of them."""
+        length = other.keys[0].shape[2]
+        kept = self._grown(length)
+        for ours, new in zip((*kept.keys, *kept.values), (*other.keys, *other.values), strict=True):
+            ours[row, :, :length] = new[0]
+        assert kept.lengths is not None
+        kept.lengths[row] = length
+        return kept
+
+    @classmethod
+    def empty(cls, batch: int, like: "Source") -> "Source":
+        """Room for `batch` sources of the size of the one that `like` is, without any yet."""
+        keys, values = (
+            [tensor.new_zeros(batch, *tensor.shape[1:]) for tensor in tensors]
+            for tensors in (like.keys, like.values)
+        )
+        return cls(keys, values, torch.zeros(batch, dtype=torch.int64, device=keys[0].device))
+
+    def _grown(self, length: int) -> "Source":
+        """These with room for `length` tokens each."""
+        more = length - self.keys[0].shape[2]
+        if more <= 0 and self.lengths is not None:
+            return self
+        keys, values = (
+            [torch.cat((t, t.new_zeros(*t.shape[:2], max(0, more), t.shape[3])), 2) for t in x]
+            for x in (self.keys, self.values)
+        )
+        full = torch.full((len(keys[0]),), self.keys[0].shape[2], device=keys[0].device)
+        return Source(keys, values, full if self.lengths is None else self.lengths)
+
+
+@dataclass(frozen=True)
 class Kept:
     """What a cache holds of one sequence: keys and values (G, n, D), scales (G, n).
 
-    first  the position of the first of the n tokens: above 0 where a window let others go
+    first   the position of the first of the n tokens: above 0 where a window let others go
+    source  what it is conditioned on
     """
 
     buffers: Buffers
     first: int = 0
+    source: Source | None = None
 
     @property
     def length(self) -> int:
@@ -82,6 +142,7 @@ class Cache(ABC):
         self.dtype = dtype
         self.buffers = Buffers()
         self.plan: Any = None  # of the native pass that fills it: models/plan.py
+        self.source: Source | None = None  # of a decoder with cross-attention
         self._used = [0] * batch  # slots of each sequence
         self._forgotten = [0] * batch  # tokens of each sequence that have no slot any more
 
@@ -122,20 +183,49 @@ class Cache(ABC):
         """Put the new tokens' k and v (B, G, T, D) into `layer`."""
 
     @abstractmethod
-    def attend(self, layer: int, q: Tensor, span: Span) -> Tensor:
-        """Attention of the new tokens' queries (B, H, T, D) to all that `layer` holds, as q."""
+    def attend(self, layer: int, q: Tensor, span: Span, options: dict[str, Any]) -> Tensor:
+        """Attention of the new tokens' queries (B, H, T, D) to all that `layer` holds, as q.
 
-    @abstractmethod
+        options  those of ops.attention that are the model's own: window, scale, softcap ...
+        """
+
     def select(self, rows: Tensor) -> None:
         """Keep only these sequences, (K,) int64 indices, in this order; one may come repeatedly."""
+        wanted = rows.tolist()
+        self._select(wanted)
+        if self.source is not None:
+            self.source = self.source.select(rows)
+        self.batch = len(wanted)
+        self._used = [self._used[row] for row in wanted]
+        self._forgotten = [self._forgotten[row] for row in wanted]
 
     @abstractmethod
+    def _select(self, rows: list[int]) -> None:
+        """`select`, as far as keys and values go."""
+
     def take(self, row: int) -> Kept:
         """What the cache holds of a sequence, valid until the cache next changes."""
+        source = None if self.source is None else self.source.take(row)
+        return Kept(self._take(row), self._forgotten[row], source)
 
     @abstractmethod
+    def _take(self, row: int) -> Buffers:
+        """The keys and values of a sequence."""
+
     def put(self, row: int, kept: Kept) -> None:
         """Forget a sequence and continue from another one's tokens in its place."""
+        self._check_kept(kept)
+        self._used[row] = self._forgotten[row] = 0
+        length = kept.length - kept.first
+        self._put(row, kept.buffers, length)
+        self._used[row], self._forgotten[row] = length, kept.first
+        if kept.source is not None:
+            old = self.source or Source.empty(self.batch, kept.source)
+            self.source = old.put(row, kept.source)
+
+    @abstractmethod
+    def _put(self, row: int, buffers: Buffers, length: int) -> None:
+        """Hold this sequence's keys and values in the place of what was there."""
 
     def commit(self, span: Span) -> None:
         """The pass is through: its tokens now count."""
@@ -146,7 +236,7 @@ class Cache(ABC):
 
     def shortest(self, row: int) -> int:
         """The fewest tokens, apart from none, that a sequence can be cut back to."""
-        forgotten, window = self._forgotten[row], self.config.window
+        forgotten, window = self._forgotten[row], self.config.horizon
         return 0 if window is None or forgotten == 0 else forgotten + window - 1
 
     def truncate(self, lengths: Sequence[int] | Tensor) -> None:
@@ -172,7 +262,7 @@ class Cache(ABC):
 
     def _first_seen(self, position: int) -> int:
         """The first position that a token at this one, or a later one, may see."""
-        window = self.config.window
+        window = self.config.horizon
         return 0 if window is None else max(0, position + 1 - window)
 
     def _unseen(self, row: int, unit: int) -> int:
@@ -192,7 +282,7 @@ class Cache(ABC):
             )
 
     def _check_kept(self, kept: Kept) -> None:
-        if self.config.window is None and kept.first > 0:
+        if self.config.horizon is None and kept.first > 0:
             raise ValueError(f"kept: its first {kept.first} tokens are missing")
         layers, found = len(kept.buffers.keys), kept.buffers.keys[0].dtype
         expected = self.keys[0].dtype if self.keys else STORED.get(self.dtype, found)

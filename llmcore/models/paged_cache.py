@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmcore import ops
-from llmcore.models.cache_base import KEY_CHUNK, Cache, Kept, Span
+from llmcore.models.cache_base import KEY_CHUNK, Cache, Span
 from llmcore.models.config import TransformerConfig
 from llmcore.models.kv_buffers import Buffers, StoredDtype, encode
 
@@ -53,6 +53,8 @@ class PagedKVCache(Cache):
         dtype: StoredDtype | None = None,
     ) -> None:
         super().__init__(config, batch, dtype)
+        if config.positions == "relative":
+            raise ValueError("paged attention adds no relative positions to scores: take a KVCache")
         for name, value in (("pages", pages), ("page_length", page_length)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -108,16 +110,20 @@ class PagedKVCache(Cache):
             if scales is not None and scale is not None:
                 scales.transpose(1, 2)[span.target] = scale
 
-    def attend(self, layer: int, q: Tensor, span: Span) -> Tensor:
-        assert isinstance(span, PagedSpan)
-        options: dict[str, Any] = {
-            "causal": True,
-            "window": self.config.attention_window,
-            "kv_lengths": span.kv_lengths,
-            "q_offset": span.q_offset,
-        }
+    def attend(self, layer: int, q: Tensor, span: Span, options: dict[str, Any]) -> Tensor:
+        assert isinstance(span, PagedSpan) and span.kv_lengths is not None
         k, v, scales = self.buffers.read(layer, q.dtype, lambda pool: pool)
-        return ops.paged_attention(q, k, v, span.table, **options, **scales)
+        return ops.paged_attention(
+            q,
+            k,
+            v,
+            span.table,
+            span.kv_lengths,
+            causal=True,
+            q_offset=span.q_offset,
+            **options,
+            **scales,
+        )
 
     def truncate(self, lengths: Sequence[int] | Tensor) -> None:
         super().truncate(lengths)
@@ -125,36 +131,27 @@ class PagedKVCache(Cache):
             while (len(pages) - 1) * self.page_length >= used:
                 self._leave(pages.pop())
 
-    def select(self, rows: Tensor) -> None:
+    def _select(self, rows: list[int]) -> None:
         """As Cache says. A sequence that is there twice has its pages once."""
-        wanted = rows.tolist()
-        old, self._tables = self._tables, [list(self._tables[row]) for row in wanted]
+        old, self._tables = self._tables, [list(self._tables[row]) for row in rows]
         for page in chain.from_iterable(self._tables):
             self._users[page] += 1
         for page in chain.from_iterable(old):
             self._leave(page)
-        self.batch = len(wanted)
-        self._used = [self._used[row] for row in wanted]
-        self._forgotten = [self._forgotten[row] for row in wanted]
 
-    def take(self, row: int) -> Kept:
+    def _take(self, row: int) -> Buffers:
         pages, used = self._tables[row], self._used[row]
-        kept = self.buffers.map(lambda pool: _side_by_side(pool[pages][None])[0, :, :used])
-        return Kept(kept, self._forgotten[row])
+        return self.buffers.map(lambda pool: _side_by_side(pool[pages][None])[0, :, :used])
 
-    def put(self, row: int, kept: Kept) -> None:
-        self._check_kept(kept)
-        self._make_pools(kept.buffers.keys[0])
+    def _put(self, row: int, buffers: Buffers, length: int) -> None:
+        self._make_pools(buffers.keys[0])
         while self._tables[row]:
             self._leave(self._tables[row].pop())
-        self._used[row] = self._forgotten[row] = 0
-        length = kept.length - kept.first
         self._make_room(row, length)
         slots = torch.arange(length, device=self.page_table.device)
         target = self.page_table[row, slots // self.page_length], slots % self.page_length
-        for pool, source in zip(self.buffers.tensors(), kept.buffers.tensors(), strict=True):
+        for pool, source in zip(self.buffers.tensors(), buffers.tensors(), strict=True):
             pool.transpose(1, 2)[target] = source.transpose(0, 1)
-        self._used[row], self._forgotten[row] = length, kept.first
 
     def _forget(self, row: int) -> None:
         gone = self._unseen(row, math.lcm(KEY_CHUNK, self.page_length))

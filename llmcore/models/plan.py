@@ -7,24 +7,20 @@ kernels are those that the modules call, in the same order, and so the bits are 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from llmcore import device, dispatch, native
-from llmcore.models.block import (
-    Attention,
-    Block,
-    Embedding,
-    FeedForward,
-    Linear,
-    Norm,
-    Packable,
-    rotations,
-)
+from llmcore.models.block import Attention, Block, FeedForward
 from llmcore.models.cache_base import Cache
+from llmcore.models.config import TransformerConfig
 from llmcore.models.kv_buffers import Buffers
+from llmcore.models.layers import Embedding, Linear, Norm, Packable
+from llmcore.models.positions import rotations
 from llmcore.ops.packed_weight import PackedWeight
 
 if TYPE_CHECKING:
@@ -32,6 +28,12 @@ if TYPE_CHECKING:
 
 # Modules that a plan stands for: where one is of another class, it does something of its own.
 KNOWN = (Attention, Block, Embedding, FeedForward, Linear, Norm, nn.Embedding, nn.ModuleList)
+# What the native pass computes by, in every form it takes; other options only as by default.
+SIZES = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "feed_forward",
+         "context_length", "norm_eps", "rope_theta", "bias", "qkv_bias", "tied_embeddings",
+         "window", "attention_scale", "norm")  # fmt: skip
+CHOICES = {"activation": ("swiglu", "gelu_tanh"), "positions": ("rope", "learned")}
+NOT_ITS_BUSINESS = ("eos_ids", "start_id", "token_types", "outputs")
 
 
 class Plan:
@@ -45,7 +47,8 @@ class Plan:
         assert native.module is not None
         config = model.config
         self.model, self.backend = model, backend
-        self.dtype = model.norm.weight.dtype
+        assert model.norm is not None
+        self.dtype = model.dtype
         self.tensors: list[Tensor] = []
         self._angles = (torch.empty(0, 0), torch.empty(0, 0))
         self._buffers, self._addresses = Buffers(), _addresses(Buffers())
@@ -64,7 +67,7 @@ class Plan:
             head_width=config.head_width,
             window=config.window or 0,
             eps=config.norm_eps,
-            scale=config.head_width**-0.5,
+            scale=config.attention_scale or config.head_width**-0.5,
             gated=config.activation == "swiglu",
             dtype=_dtype(self.dtype),
         )
@@ -72,7 +75,7 @@ class Plan:
     @classmethod
     def of(cls, model: Decoder, cache: Cache) -> Plan | None:
         """The plan of this pass, kept with the cache; None when `refuses` has a reason."""
-        if refuses_call() or refuses_cache(model, cache):
+        if refuses_call() or refuses_cache(model, cache) or refuses_config(model.config):
             return None
         backend = dispatch.forced or "cpu"
         plan = cache.plan
@@ -140,6 +143,7 @@ class Plan:
 
     def _layer(self, block: nn.Module) -> Any:
         assert native.module is not None and isinstance(block, Block)
+        assert isinstance(block.feed_forward, FeedForward)
         return native.module.DecoderLayer(
             attention_norm=self._norm(block.attention_norm),
             qkv=self._linear(block.attention.qkv),
@@ -201,15 +205,19 @@ def refuses_call() -> list[str]:
 
 def refuses_cache(model: Decoder, cache: Cache) -> list[str]:
     """Why passes over this cache go module by module; empty when they need not."""
-    dtype = model.norm.weight.dtype
+    reasons, dtype = [], model.dtype
     if cache.dtype is not None and dtype != torch.float32:
-        return [f"a cache in {cache.dtype} beside activations in {dtype}: float32 is needed"]
-    return []
+        reasons.append(f"a cache in {cache.dtype} beside activations in {dtype}: float32 is needed")
+    if model.training and model.config.dropout:
+        reasons.append("dropout in training")
+    if model.cross:
+        reasons.append("cross-attention")
+    return reasons
 
 
 def refuses_model(model: Decoder) -> list[str]:
     """Why this model's passes go module by module; empty when they need not."""
-    reasons = []
+    reasons = list(refuses_config(model.config))
     for name, module in model.named_modules():
         if module is not model and type(module) not in KNOWN:
             reasons.append(f"{name} is a {type(module).__name__} of someone else's")
@@ -222,6 +230,21 @@ def refuses_model(model: Decoder) -> list[str]:
         reasons.append(f"parameters of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
     reasons += [f"{name} is not contiguous" for name, t in tensors.items() if not t.is_contiguous()]
     return reasons
+
+
+@functools.lru_cache
+def refuses_config(config: TransformerConfig) -> tuple[str, ...]:
+    """What of a config the native pass doesn't know; empty when it knows all.
+
+    An option that is not named here is known in its default only: a new one is refused.
+    """
+    reasons = []
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        known = name in (*SIZES, *NOT_ITS_BUSINESS, "dropout", "experts_per_token")
+        if not known and value not in CHOICES.get(name, (field.default,)):
+            reasons.append(f"{name} {value!r}: the native pass doesn't compute it")
+    return tuple(reasons)
 
 
 def _level(backend: str) -> int | None:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import Parameter
 
 from llmcore.models import load, save
-from llmcore.models.block import Packable
+from llmcore.models.layers import Packable
 from llmcore.models.packed import pack_weights
 from llmcore.ops.packed_weight import PackedWeight, pack
 

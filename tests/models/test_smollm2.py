@@ -4,6 +4,7 @@ import hashlib
 import subprocess
 import tarfile
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from llmcore.generate import generate
 from llmcore.models import KVCache, smollm2
 from llmcore.models.convert import to_transformers
+from llmcore.storage import cache_folder
 from llmcore.text import TemplateChat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,9 +68,9 @@ def test_smollm2_cached_and_padded(smollm2_pair):
 def small_package(tmp_path, monkeypatch):
     """A stand-in for the 93 MB file, an empty cache, and no installed package."""
     content = b"GGUF" + bytes(1000)
-    monkeypatch.setattr(smollm2, "SIZE", len(content))
-    monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(smollm2, "MODULE", "llmcore_has_no_such_package")
+    files = {smollm2.FILE: (len(content), hashlib.sha256(content).hexdigest())}
+    package = replace(smollm2.PACKAGE, module="llmcore_has_no_such_package", files=files)
+    monkeypatch.setattr(smollm2, "PACKAGE", package)
     monkeypatch.setenv("LLMCORE_CACHE", str(tmp_path / "cache"))
     (tmp_path / smollm2.FILE).write_bytes(content)
     return tmp_path / smollm2.FILE
@@ -115,7 +117,7 @@ def test_smollm2_failures_leave_the_cache_empty(small_package, monkeypatch):
         fake_pip(monkeypatch, small_package, kind)
         with pytest.raises(error, match=message):
             smollm2.obtain()
-        assert list(smollm2.cache_folder().iterdir()) == []
+        assert list(cache_folder().iterdir()) == []
 
 
 def test_smollm2_refuses_another_file(small_package, monkeypatch):
@@ -123,7 +125,7 @@ def test_smollm2_refuses_another_file(small_package, monkeypatch):
     fake_pip(monkeypatch, small_package, "wheel")
     with pytest.raises(ValueError, match=r"has 1004 bytes and SHA-256 .* expected 1004 and"):
         smollm2.obtain()
-    assert list(smollm2.cache_folder().iterdir()) == []
+    assert list(cache_folder().iterdir()) == []
 
 
 def test_smollm2_cut_off_cache_is_fetched_again(small_package, monkeypatch):
@@ -139,5 +141,5 @@ def test_smollm2_is_found_in_its_package_without_importing_it(small_package, mon
     (package / "__init__.py").write_text("raise ImportError('loads llama.cpp')")
     small_package.rename(package / smollm2.FILE)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(smollm2, "MODULE", "shipped_model")
+    monkeypatch.setattr(smollm2, "PACKAGE", replace(smollm2.PACKAGE, module="shipped_model"))
     assert smollm2.obtain(download=False) == package / smollm2.FILE
