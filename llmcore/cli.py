@@ -60,7 +60,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command.run(parser.parse_args(arguments[words:]))
     except KeyboardInterrupt:
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,7 +17,6 @@ import torch
 from llmcore.history import Recurrent, RecurrentConfig
 from llmcore.history.gradients import gradient_shares
 from llmcore.models import Decoder, TransformerConfig
-from llmcore.pretrain_command import show_rivals
 from llmcore.train.metrics import plotting
 from llmcore.train.preparation import Preparation, Prepared, prepare
 from llmcore.train.pretrain import (
@@ -28,6 +27,7 @@ from llmcore.train.pretrain import (
     ngrams,
     pretrain,
     recurrent,
+    rivals_table,
 )
 from llmcore.train.recipe import Recipe
 
@@ -108,7 +108,7 @@ def show_likelihoods(preset: Preset, prepared: Prepared, folder: Path) -> None:
     model = pretrain(preset, prepared, folder / "transformer", options)
     seconds = time.perf_counter() - start
     rivals.append(judge("transformer", model, prepared, tokens=preset.tokens, seconds=seconds))
-    show_rivals(rivals)
+    print(*rivals_table(rivals), sep="\n")
 
 
 def networks(preset: Preset, prepared: Prepared) -> dict[str, Any]:
