@@ -11,9 +11,10 @@ from llmcore.generation.answers import Answer, answers, pieces
 from llmcore.generation.batch import Setup, Task, prompts_of
 from llmcore.generation.beam import BeamSearch, beam_search
 from llmcore.generation.sampling import Sampling, samplers_of
+from llmcore.generation.sources import Sources
 from llmcore.generation.speculative import draft_for
 from llmcore.generation.stopping import Stopping, read_stop
-from llmcore.models.transformer import Decoder
+from llmcore.models.transformer import Decoder, EncoderDecoder
 from llmcore.text.tokenizer import Tokenizer
 
 Prompts = Tensor | str | Sequence[str] | Sequence[Sequence[int]]
@@ -21,7 +22,7 @@ Stop = int | str | Iterable[int | str] | None
 
 
 def generate(
-    model: Decoder,
+    model: Decoder | EncoderDecoder,
     ids: Prompts,
     *,
     max_new_tokens: int,
@@ -44,7 +45,9 @@ def generate(
 
     ids              (B, T) int64; or lists of ids, of any lengths, as the result then is; or a
                      text, or several, for which a tokenizer is needed: then the result is the text
-                     of the answer, or a list of them, without the prompts
+                     of the answer, or a list of them, without the prompts. An EncoderDecoder reads
+                     them as sources (a text ends with the model's first end token there) and writes
+                     targets: then the result is those, config.start_id first.
     temperature, top_k, top_p, min_p, repetition_penalty   see Sampling; greedy by default
     num_beams        above 1: beam search, which takes none of these; length_penalty and
                      early_stopping as in BeamSearch
@@ -55,7 +58,7 @@ def generate(
     seed             sequence b draws from its own generator, seeded seed + b, or seed[b]; so what
                      it gets doesn't depend on the others. None: from torch's global generator.
     attention_mask   (B, T), False marks padding; generation continues at the end of each row, so
-                     pad on the left (`tokenizer.batch` does)
+                     pad on the left (`tokenizer.batch` does); sources may be padded on any side
     return_logprobs  the result and (B, n) float32: the log-probability of each new token by the
                      model's own distribution, log softmax(logits), before temperature, filters and
                      penalty; 0 behind a sequence's end
@@ -67,7 +70,7 @@ def generate(
     """
     task = _task(
         model,
-        _prompts(ids, attention_mask, tokenizer),
+        _prompts(model, ids, attention_mask, tokenizer),
         max_new_tokens,
         tokenizer,
         Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
@@ -82,7 +85,8 @@ def generate(
     if isinstance(ids, Tensor):
         filler = (*model.config.eos_ids, *task.stopping.ends, 0)[0]
         new = _padded([answer.tokens for answer in found], filler)
-        result = torch.cat((ids, new.to(ids)), dim=1)
+        first = ids if task.sources is None else ids.new_tensor(task.prompts)
+        result = torch.cat((first, new.to(ids)), dim=1)
     elif _are_texts(ids):
         texts = [answer.text for answer in found]
         result = texts[0] if isinstance(ids, str) else texts
@@ -95,7 +99,7 @@ def generate(
 
 
 def stream(
-    model: Decoder,
+    model: Decoder | EncoderDecoder,
     ids: Tensor | str,
     tokenizer: Tokenizer,
     *,
@@ -112,7 +116,7 @@ def stream(
     if isinstance(ids, Tensor) and ids.shape[0] != 1:
         raise ValueError(f"stream takes one sequence, ids (1, T), got {tuple(ids.shape)}")
     sampling, setup = _split(options)
-    prompts = _prompts(ids, None, tokenizer)
+    prompts = _prompts(model, ids, None, tokenizer)
     return pieces(
         _task(model, prompts, max_new_tokens, tokenizer, sampling, stop=stop, seed=seed, **setup)
     )
@@ -131,7 +135,7 @@ class BestOf(NamedTuple):
 
 
 def best_of(
-    model: Decoder,
+    model: Decoder | EncoderDecoder,
     ids: Prompts,
     n: int,
     *,
@@ -155,7 +159,7 @@ def best_of(
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     sampling, setup = _split({"temperature": 1.0, **options})
-    prompts = [p for p in _prompts(ids, attention_mask, tokenizer) for _ in range(n)]
+    prompts = [p for p in _prompts(model, ids, attention_mask, tokenizer) for _ in range(n)]
     task = _task(model, prompts, max_new_tokens, tokenizer, sampling, stop=stop, seed=seed, **setup)
     found = answers(task, logprobs=True)
     ranked = [_ranked(found[b : b + n], scorer) for b in range(0, len(found), n)]
@@ -169,10 +173,17 @@ def _ranked(found: list[Answer], scorer: Callable[[Answer], float]) -> BestOf:
 
 
 def _prompts(
-    ids: Prompts, attention_mask: Tensor | None, tokenizer: Tokenizer | None
+    model: Decoder | EncoderDecoder,
+    ids: Prompts,
+    attention_mask: Tensor | None,
+    tokenizer: Tokenizer | None,
 ) -> list[list[int]]:
+    """The prompts, or an encoder-decoder's sources."""
+    if not isinstance(model, (Decoder, EncoderDecoder)):
+        raise TypeError(f"an {type(model).__name__} doesn't generate: take a Decoder")
+    sources = isinstance(model, EncoderDecoder)
     if isinstance(ids, Tensor):
-        return prompts_of(ids, attention_mask)
+        return prompts_of(ids, attention_mask, left=not sources)
     if attention_mask is not None:
         raise ValueError("attention_mask belongs to ids (B, T); lists and texts have no padding")
     if not _are_texts(ids):
@@ -180,7 +191,8 @@ def _prompts(
     if tokenizer is None:
         raise ValueError("prompts as text need a tokenizer: tokenizer=")
     texts = [ids] if isinstance(ids, str) else cast("Sequence[str]", ids)
-    return [tokenizer.encode(text) for text in texts]
+    end = model.config.eos_ids[:1] if sources else ()
+    return [[*tokenizer.encode(text), *end] for text in texts]
 
 
 def _are_texts(prompts: Prompts) -> bool:
@@ -188,7 +200,7 @@ def _are_texts(prompts: Prompts) -> bool:
 
 
 def _task(
-    model: Decoder,
+    model: Decoder | EncoderDecoder,
     prompts: list[list[int]],
     max_new_tokens: int,
     tokenizer: Tokenizer | None,
@@ -201,6 +213,10 @@ def _task(
     **setup: Any,
 ) -> Task:
     ends, stops = read_stop(stop, model.config.eos_ids)
+    sources = None
+    if isinstance(model, EncoderDecoder):
+        sources = Sources(model, prompts)
+        model, prompts = model.decoder, sources.prompts
     return Task(
         model,
         prompts,
@@ -209,6 +225,7 @@ def _task(
         Stopping(ends, stops, tokenizer, len(prompts)),
         samplers_of(prompts, seed),
         Setup(prefixes=prefix_cache, draft=draft_for(model, draft), **setup),
+        sources,
     )
 
 

@@ -47,15 +47,15 @@ GPT2_SHAPE = {
 
 @pytest.fixture
 def tiny_model():
-    """make(kind=Decoder, seed=0, **changes) -> a model with weights large enough to tell errors
-    by, of the class `kind`."""
+    """make(kind=Decoder, seed=0, std=0.3, **changes) -> a model of the class `kind`, with weights
+    large enough to tell errors by."""
 
-    def make(kind=Decoder, seed: int = 0, **changes):
+    def make(kind=Decoder, seed: int = 0, std: float = 0.3, **changes):
         model = kind(TransformerConfig(**{**TINY, **changes})).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.normal_(std=0.3, generator=generator)
+                parameter.normal_(std=std, generator=generator)
                 if parameter.ndim == 1:
                     parameter.add_(1.0)
         return model

@@ -18,6 +18,7 @@ from torch import Tensor
 from llmcore.generation.prefix import PrefixCache
 from llmcore.generation.reading import Reader, run, together
 from llmcore.generation.sampling import Sampler, Sampling
+from llmcore.generation.sources import Sources
 from llmcore.generation.speculative import Draft
 from llmcore.generation.stopping import Stopping
 from llmcore.models.cache import KVCache
@@ -74,7 +75,10 @@ class Setup:
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be generated, checked."""
+    """What is to be generated, checked.
+
+    sources  what an encoder-decoder's decoder attends to, one of each prompt
+    """
 
     model: Decoder
     prompts: Sequence[Sequence[int]]
@@ -83,6 +87,7 @@ class Task:
     stopping: Stopping
     samplers: Sequence[Sampler]
     setup: Setup = Setup()
+    sources: Sources | None = None
 
     def __post_init__(self) -> None:
         config, prefixes = self.model.config, self.setup.prefixes
@@ -102,6 +107,10 @@ class Task:
                     f"length of {config.context_length}"
                 )
         if prefixes is not None:
+            if self.sources is not None:
+                raise ValueError(
+                    "prefix_cache: targets of different sources have nothing in common"
+                )
             if prefixes.model is not self.model:
                 raise ValueError("prefix_cache belongs to another model")
             if prefixes.dtype != self.setup.cache_dtype:
@@ -110,8 +119,11 @@ class Task:
                 )
 
 
-def prompts_of(ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
-    """The rows of ids (B, T) without their padding, which must be on the left; ValueError else."""
+def prompts_of(ids: Tensor, attention_mask: Tensor | None, *, left: bool = True) -> list[list[int]]:
+    """The rows of ids (B, T) without their padding; ValueError for wrong shapes or empty rows.
+
+    left  padding must be on the left
+    """
     if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             "ids must be whole numbers (B, T) with B and T at least 1, "
@@ -126,7 +138,7 @@ def prompts_of(ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
         )
     if not bool(mask.any(dim=1).all()):
         raise ValueError("attention_mask leaves a prompt without any token")
-    if not bool(mask[:, -1].all()):
+    if left and not bool(mask[:, -1].all()):
         raise ValueError("prompts must be padded on the left: the last column must be tokens")
     return [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
 
@@ -178,9 +190,12 @@ class _Run:
     def begin(self) -> Step:
         """Read the next prompts into free places, and choose their first tokens."""
         free = [place for place, sequence in enumerate(self.places) if sequence is None]
-        texts = [self.task.prompts[row] for row in islice(self.waiting, len(free))]
+        rows = list(islice(self.waiting, len(free)))
+        if self.task.sources is not None:
+            rows = rows[: self.task.sources.together(rows)]
+        texts = [self.task.prompts[row] for row in rows]
         count, common = together(texts)
-        cache, logits = self._read(texts[:count], common)
+        cache, logits = self._read(rows[:count], texts[:count], common)
         sequences = []
         for i, place in enumerate(free[:count]):
             if cache is not self.cache:
@@ -230,11 +245,17 @@ class _Run:
         self.cache.truncate(counts)
         self._clear()
 
-    def _read(self, texts: Sequence[Sequence[int]], common: int) -> tuple[Cache, Tensor]:
+    def _read(
+        self, rows: Sequence[int], texts: Sequence[Sequence[int]], common: int
+    ) -> tuple[Cache, Tensor]:
         """A cache of these texts, of which `common` tokens are the same, and logits (n, V)."""
+        source = None if self.task.sources is None else self.task.sources.of(rows)
         if len(texts) == 1:
+            if source is not None:
+                self.reader.turn_to(source)
             return self.reader.cache, self.reader.read(texts[0])
         cache = self.task.setup.cache(self.task.model, len(texts), max(map(len, texts)))
+        cache.source = source
         self.reader.hold(texts[0][:common])
         for row, text in enumerate(texts):
             known = self.reader.known(text[:-1])

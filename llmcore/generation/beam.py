@@ -167,6 +167,8 @@ def _read(task: Task) -> tuple[Cache, Tensor]:
     reader = Reader(task.model, task.setup.cache(task.model, 1, slots), task.setup.prefixes)
     logits = []
     for place, prompt in enumerate(task.prompts):
+        if task.sources is not None:
+            reader.turn_to(task.sources.of([place]))
         logits.append(reader.read(prompt))
         cache.put(place, reader.cache.take(0))
     return cache, torch.cat(logits)

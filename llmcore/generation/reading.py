@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llmcore.generation.prefix import PrefixCache, common_length
-from llmcore.models.cache_base import Cache, Kept
+from llmcore.models.cache_base import Cache, Kept, Source
 from llmcore.models.transformer import Decoder
 
 # Tokens in one pass: enough to keep the kernels busy, few enough that the activations stay small.
@@ -40,6 +40,12 @@ class Reader:
         self._keep(new)
         if len(self.ids) < len(new):
             self._go_on(new)
+
+    def turn_to(self, source: Source) -> None:
+        """Read for another source from now on: no token of the last one's counts."""
+        self.cache.truncate([0])
+        self.cache.source = source
+        self.ids = []
 
     def known(self, ids: Sequence[int]) -> Kept | None:
         """What the PrefixCache has of the beginning of a text."""

@@ -93,13 +93,16 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, now: Pass) -> Tensor:
         """(B, H, T, D) of queries like it, keys and values (B, G, T, D), and what came before."""
         if now.cu_seqlens is not None:
-            rows = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-            ends = now.cu_seqlens
-            y = ops.attention_varlen(*rows, ends, ends, causal=self.causal, **self.options)
+            rows, ends = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)], now.cu_seqlens
+            y = ops.attention_varlen(
+                rows[0], rows[1], rows[2], ends, ends, causal=self.causal, **self.options
+            )
             return y.view(len(q), -1, self.heads, self.head_width).transpose(1, 2)
         options = self.options
-        if now.bias is not None or now.slopes is not None:
-            options = {**options, "mask": now.bias, "alibi_slopes": now.slopes}
+        if now.bias is not None:
+            options = {**options, "mask": now.bias}
+        if now.slopes is not None:
+            options = {**options, "alibi_slopes": now.slopes}
         if now.cache is not None:
             now.cache.store(self.layer, k, v, now.span)
             return now.cache.attend(self.layer, q, now.span, options)
@@ -135,10 +138,6 @@ class CrossAttention(nn.Module):
         self.kv = Linear(config.width, 2 * config.kv_heads * width, bias=bias)
         self.output = Linear(config.heads * width, config.width, bias=config.bias)
 
-    def queries(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, H, T, D)."""
-        return self.q(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
-
     def read(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, G, S, D) of a source's hidden states (B, S, C)."""
         heads = self.kv(hidden).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
@@ -150,7 +149,7 @@ class CrossAttention(nn.Module):
         if now.source is None:
             raise ValueError("a decoder with cross-attention needs a source, got None")
         y = ops.attention(
-            self.queries(x),
+            self._queries(x),
             now.source.keys[self.layer],
             now.source.values[self.layer],
             kv_lengths=now.source.lengths,
@@ -159,17 +158,35 @@ class CrossAttention(nn.Module):
         )
         return self.output(y.transpose(1, 2).flatten(2))
 
+    def weights(self, x: Tensor, source: Source) -> Tensor:
+        """How much of each source token x (B, T, C) takes, (B, H, T, S): the definition."""
+        q, k = self._queries(x), source.keys[self.layer]
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        scores = q @ k.transpose(-1, -2) * (self.options["scale"] or q.shape[-1] ** -0.5)
+        if (softcap := self.options["softcap"]) is not None:
+            scores = softcap * (scores / softcap).tanh()
+        mask = None
+        if source.lengths is not None:
+            steps = torch.arange(k.shape[2], device=k.device)
+            mask = (steps < source.lengths[:, None])[:, None, None]
+        return ops.masked_softmax(scores, mask=mask)
+
+    def _queries(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, H, T, D)."""
+        return self.q(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+
 
 def activate(name: str, hidden: Tensor) -> Tensor:
     """The activation of this name; a gated one takes gate and value side by side, (..., 2 F)."""
     if name == "swiglu":
         return ops.swiglu(*hidden.chunk(2, dim=-1))
     if name == "geglu":
-        return ops.geglu(*hidden.chunk(2, dim=-1), approximate="tanh")
+        gate, up = hidden.chunk(2, dim=-1)
+        return ops.geglu(gate, up, "tanh")
     if name == "relu":
         return F.relu(hidden)
-    if name == "silu":
-        return F.silu(hidden)
+    if name == "silu":  # torch's own has other bits at the end of a tensor than inside
+        return ops.swiglu(hidden, torch.ones_like(hidden))
     return ops.gelu(hidden, approximate="tanh" if name == "gelu_tanh" else "none")
 
 

@@ -60,7 +60,11 @@ class Source:
     def take(self, row: int) -> "Source":
         """One of these, as long as it is."""
         end = None if self.lengths is None else int(self.lengths[row])
-        return Source(*([t[row : row + 1, :, :end] for t in x] for x in (self.keys, self.values)))
+        keys, values = (
+            [tensor[row : row + 1, :, :end] for tensor in tensors]
+            for tensors in (self.keys, self.values)
+        )
+        return Source(keys, values)
 
     def put(self, row: int, other: "Source") -> "Source":
         """These with another's only source in the place of one of them."""
@@ -92,6 +96,7 @@ class Source:
         )
         full = torch.full((len(keys[0]),), self.keys[0].shape[2], device=keys[0].device)
         return Source(keys, values, full if self.lengths is None else self.lengths)
+
 
 @dataclass(frozen=True)
 class Kept:

@@ -1,4 +1,4 @@
-"""Other libraries' weights and configs as ours, and ours as theirs, by the tables of families.py."""
+"""Other libraries' weights and configs as ours, and ours as theirs, by the tables of families."""
 
 import dataclasses
 import re
@@ -341,9 +341,7 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} is {tensor.dtype}; floating-point weights are accepted")
 
 
-def _joined(
-    parts: list[Tensor], sources: list[_Source], config: TransformerConfig
-) -> Tensor:
+def _joined(parts: list[Tensor], sources: list[_Source], config: TransformerConfig) -> Tensor:
     """The parts that `_sources` names, one below the other, their rows in our order."""
     rows = [source.ours(part, config) for part, source in zip(parts, sources, strict=True)]
     return rows[0] if len(rows) == 1 else torch.cat(rows)

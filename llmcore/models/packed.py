@@ -1,4 +1,4 @@
-"""A decoder with packed weights: the same model, its matrices in bfloat16, int8 or int4.
+"""A model with packed weights: the same model, its matrices in bfloat16, int8 or int4.
 
 For inference: packed weights take no gradient and are no parameters. Activations stay in the
 dtype of what is not packed (norms, biases).
@@ -6,17 +6,16 @@ dtype of what is not packed (norms, biases).
 
 from collections.abc import Iterator, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmcore.models.layers import Packable
-from llmcore.models.transformer import Decoder
 from llmcore.ops.packed_weight import GROUPS, PackedWeight, pack
 
 FORMATS = ("bf16", "int8", "int4")
 
 
 def pack_weights(
-    model: Decoder, format: str, given: Mapping[str, PackedWeight] | None = None
+    model: nn.Module, format: str, given: Mapping[str, PackedWeight] | None = None
 ) -> dict[str, float]:
     """Put packed weights in the place of a model's matrices, in FORMATS; what each lost by it.
 
@@ -45,13 +44,13 @@ def check_format(format: str | None) -> None:
         raise ValueError(f"weights: got {format!r}, expected None, {', '.join(FORMATS)}")
 
 
-def check_not_packed(model: Decoder) -> None:
+def check_not_packed(model: nn.Module) -> None:
     """ValueError for a model whose weights are not whole any more."""
     for _, module in _matrices(model):
         _ = module.parameter
 
 
-def _matrices(model: Decoder) -> Iterator[tuple[str, Packable]]:
+def _matrices(model: nn.Module) -> Iterator[tuple[str, Packable]]:
     for name, module in model.named_modules():
         if isinstance(module, Packable):
             yield name, module
@@ -66,6 +65,6 @@ def _packed(name: str, weight: Tensor, format: str) -> PackedWeight:
             f"weights={format!r}: {name} has rows of {weight.shape[1]}, a multiple of "
             f"{GROUPS[0]} is needed"
         )
-    if format == "int4" and name not in ("embedding", "head"):
+    if format == "int4" and name.rpartition(".")[2] not in ("embedding", "head"):
         return pack(weight, "int4", group, asymmetric=True)
     return pack(weight, "int8", group)

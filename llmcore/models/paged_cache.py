@@ -111,7 +111,7 @@ class PagedKVCache(Cache):
                 scales.transpose(1, 2)[span.target] = scale
 
     def attend(self, layer: int, q: Tensor, span: Span, options: dict[str, Any]) -> Tensor:
-        assert isinstance(span, PagedSpan)
+        assert isinstance(span, PagedSpan) and span.kv_lengths is not None
         k, v, scales = self.buffers.read(layer, q.dtype, lambda pool: pool)
         return ops.paged_attention(
             q,

@@ -144,6 +144,7 @@ class Plan:
 
     def _layer(self, block: nn.Module) -> Any:
         assert native.module is not None and isinstance(block, Block)
+        assert isinstance(block.feed_forward, FeedForward)
         return native.module.DecoderLayer(
             attention_norm=self._norm(block.attention_norm),
             qkv=self._linear(block.attention.qkv),
@@ -207,9 +208,7 @@ def refuses_cache(model: Decoder, cache: Cache) -> list[str]:
     """Why passes over this cache go module by module; empty when they need not."""
     reasons, dtype = [], model.dtype
     if cache.dtype is not None and dtype != torch.float32:
-        reasons.append(
-            f"a cache in {cache.dtype} beside activations in {dtype}: float32 is needed"
-        )
+        reasons.append(f"a cache in {cache.dtype} beside activations in {dtype}: float32 is needed")
     if model.training and model.config.dropout:
         reasons.append("dropout in training")
     if model.cross:

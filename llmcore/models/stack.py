@@ -66,9 +66,7 @@ class Stack(nn.Module):
         super().__init__()
         self.add_blocks(config, causal=causal, cross=cross)
 
-    def add_blocks(
-        self, config: TransformerConfig, *, causal: bool, cross: bool = False
-    ) -> None:
+    def add_blocks(self, config: TransformerConfig, *, causal: bool, cross: bool = False) -> None:
         """causal: tokens don't see later ones; cross: blocks attend to a source as well."""
         self.config, self.causal, self.cross = config, causal, cross
         self.checkpoint_blocks = False
@@ -87,7 +85,9 @@ class Stack(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of what is not packed, and so of hidden states."""
-        return self.blocks[0].feed_forward_norm.weight.dtype
+        block = self.blocks[0]
+        assert isinstance(block, Block)
+        return block.attention_norm.weight.dtype
 
     def run(
         self,
@@ -172,9 +172,7 @@ class Stack(nn.Module):
 
     def _check_length(self, length: int) -> None:
         if length > self.config.context_length:
-            raise ValueError(
-                f"{length} tokens exceed the context of {self.config.context_length}"
-            )
+            raise ValueError(f"{length} tokens exceed the context of {self.config.context_length}")
 
     def _check_packed(self, cache: Cache | None, counts: Tensor | None) -> None:
         positions = self.config.positions

@@ -1,15 +1,14 @@
 """The three models, of one kind of block.
 
-    Decoder          token ids in, logits of the next token out          embedding -> stack -> head
-    Encoder          token ids in, hidden states out                     embedding -> stack
-    EncoderDecoder   a source text in, its continuation as another one   encoder -> decoder -> head
+Decoder          token ids in, logits of the next token out          embedding -> stack -> head
+Encoder          token ids in, hidden states out                     embedding -> stack
+EncoderDecoder   a source text in, its continuation as another one   encoder -> decoder -> head
 """
 
 import torch
 from torch import Tensor, nn
 
-from llmcore import ops
-from llmcore.models.block import activate
+from llmcore.models.block import CrossAttention, activate
 from llmcore.models.cache_base import Cache, Source
 from llmcore.models.config import GATED, TransformerConfig
 from llmcore.models.layers import Linear, Norm
@@ -102,7 +101,8 @@ class Decoder(Vocabulary, Stack):
 
     def read(self, hidden: Tensor, lengths: Tensor | None = None) -> Source:
         """A source's hidden states (B, S, C), of which lengths (B,) count, as keys and values."""
-        pairs = [block.cross_attention.read(hidden) for block in self.blocks]
+        layers = [m for m in self.modules() if isinstance(m, CrossAttention)]
+        pairs = [layer.read(hidden) for layer in layers]
         return Source([k for k, _ in pairs], [v for _, v in pairs], lengths)
 
     def _native_logits(
@@ -304,31 +304,19 @@ class EncoderDecoder(nn.Module):
         source_mask must be padding on the right, if there is any.
         """
         source = self.read(source_ids, source_mask)
-        seen: list[Tensor] = []
+        found: list[Tensor] = []
 
-        def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            q, keys = module.queries(inputs[0]), source.keys[module.layer]
-            keys = keys.repeat_interleave(q.shape[1] // keys.shape[1], dim=1)
-            options = module.options
-            scale = options["scale"] or q.shape[-1] ** -0.5
-            scores = scale * q @ keys.transpose(-1, -2)
-            if (softcap := options["softcap"]) is not None:
-                scores = softcap * (scores / softcap).tanh()
-            mask = None
-            if source.lengths is not None:
-                steps = torch.arange(keys.shape[2], device=keys.device)
-                mask = (steps < source.lengths[:, None])[:, None, None]
-            seen.append(ops.masked_softmax(scores, mask=mask))
+        def look(module: CrossAttention, inputs: tuple[Tensor, ...]) -> None:
+            found.append(module.weights(inputs[0], source))
 
-        hooks = [
-            block.cross_attention.register_forward_pre_hook(look) for block in self.decoder.blocks
-        ]
+        layers = [m for m in self.decoder.modules() if isinstance(m, CrossAttention)]
+        hooks = [layer.register_forward_pre_hook(look) for layer in layers]
         try:
             self.decoder(target_ids, source=source)
         finally:
             for hook in hooks:
                 hook.remove()
-        return torch.stack(seen)
+        return torch.stack(found)
 
     def _encode(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Front | None]:
         """Hidden states, a padded row's own in front, and how to put them back."""
@@ -347,7 +335,7 @@ def initialise(model: Stack, *, by_depth: bool = True) -> None:
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             into_stream = name.endswith(("attention.output", "down"))
             nn.init.normal_(module.weight, std=0.02 / (depth if into_stream else 1) ** 0.5)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
 

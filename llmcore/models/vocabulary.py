@@ -1,6 +1,7 @@
 """Both ends of a model: token ids to vectors, and hidden states to logits or a loss."""
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class Vocabulary(nn.Module):
 
         Targets of -100 don't count. The logits are never whole, but with a logit_softcap.
         """
-        options = {"label_smoothing": label_smoothing, "reduction": reduction}
+        options: dict[str, Any] = {"label_smoothing": label_smoothing, "reduction": reduction}
         if self.config.logit_softcap is not None:
             return ops.cross_entropy(self.logits(hidden), targets, **options)
         hidden, weight = self._scaled(hidden), self.head_weight

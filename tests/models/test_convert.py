@@ -4,15 +4,13 @@ import pytest
 import torch
 
 from llmcore.models.convert import (
-    GGUF_LLAMA,
-    HUGGING_FACE_LLAMA,
-    LLMCORE,
     config_from_gguf,
     config_from_hugging_face,
     config_to_hugging_face,
     to_ours,
     to_theirs,
 )
+from llmcore.models.families import GGUF_LLAMA, HUGGING_FACE_LLAMA, LLMCORE
 
 FAMILIES = {"hugging_face": HUGGING_FACE_LLAMA, "gguf": GGUF_LLAMA, "llmcore": LLMCORE}
 
@@ -104,7 +102,7 @@ def test_convert_config_of_old_transformers(tiny_decoder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mistral"}, "model_type 'mistral' .* accepted is 'llama'"),
+        ({"model_type": "bloom"}, "model_type 'bloom' .* accepted are 'llama', 'mistral'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type 'llama3'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_type 'linear'"),
@@ -119,9 +117,10 @@ def test_convert_refuses_other_llamas(tiny_decoder, change, message):
 
 
 def test_convert_refuses_to_call_gpt2_a_llama(tiny_decoder, gpt2_shape):
-    with pytest.raises(ValueError, match="a Llama's attention has no window, not one of 9"):
+    with pytest.raises(ValueError, match="a Hugging Face Llama model has window None, not 9"):
         config_to_hugging_face(tiny_decoder(window=9).config)
-    with pytest.raises(ValueError, match="not layer_norm, gelu_tanh, learned"):
+    message = r"has norm 'rms_norm', not 'layer_norm', .*'rope', not 'learned'"
+    with pytest.raises(ValueError, match=message):
         config_to_hugging_face(tiny_decoder(**gpt2_shape).config)
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from llmcore.models import load, save
-from llmcore.models.convert import GGUF_LLAMA, to_theirs, to_transformers
+from llmcore.models.convert import to_theirs, to_transformers
+from llmcore.models.families import GGUF_LLAMA
 
 TEXT = "then  the héllo 12\n"
 
@@ -214,7 +215,7 @@ def test_files_refuse_cut_off_weights(saved, kept):
         ("model.safetensors", os.urandom(500), "is not a whole safetensors file"),
         ("config.json", b"{", r"config\.json is not JSON"),
         ("config.json", b"\xff\xfe", r"config\.json is not JSON"),
-        ("config.json", b'{"model_type": "t5"}', "'t5'; accepted: 'llmcore_decoder', 'llama'"),
+        ("config.json", b'{"model_type": "bloom"}', "'bloom' in config.json: accepted are 'llama'"),
         (
             "config.json",
             b'{"model_type": "llama"}',

@@ -1,4 +1,4 @@
-"""Small configs of every family, as changes to conftest's TINY, and what transformers calls them."""
+"""Small configs of every family, as changes to conftest's TINY."""
 
 from llmcore.models import Decoder, Encoder, EncoderDecoder
 
