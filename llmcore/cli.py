@@ -17,6 +17,10 @@ COMMANDS = {
         "llmcore.history_demo",
         "n-grams, recurrent networks and a transformer side by side, and the vanishing gradient",
     ),
+    "demo translate": (
+        "llmcore.translate_demo",
+        "an encoder-decoder learns English to French, in about five minutes",
+    ),
     "chat": ("llmcore.chat_command", "talk with a model"),
     "generate": ("llmcore.generate_command", "answer a file of prompts, resuming where it stopped"),
     "evaluate": ("llmcore.evaluate_command", "perplexity of text, and what packed weights change"),

@@ -6,6 +6,7 @@ are read at once, and how far back each one's gradient reaches.
 """
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Mapping
@@ -16,7 +17,8 @@ import torch
 
 from llmcore.history import Recurrent, RecurrentConfig
 from llmcore.history.gradients import gradient_shares
-from llmcore.models import Decoder, TransformerConfig
+from llmcore.history.recurrent import Kind
+from llmcore.models import Decoder
 from llmcore.train.metrics import plotting
 from llmcore.train.preparation import Preparation, Prepared, prepare
 from llmcore.train.pretrain import (
@@ -31,7 +33,7 @@ from llmcore.train.pretrain import (
 )
 from llmcore.train.recipe import Recipe
 
-KINDS = ("rnn", "gru", "lstm")
+KINDS: tuple[Kind, ...] = ("rnn", "gru", "lstm")
 LENGTHS = (16, 64, 256, 1024)
 DISTANCES = (1, 2, 4, 8, 16, 32, 64)
 SEEN = 97
@@ -118,11 +120,12 @@ def networks(preset: Preset, prepared: Prepared) -> dict[str, Any]:
     torch.manual_seed(0)
     for kind in KINDS:
         found[kind.upper()] = Recurrent(RecurrentConfig(kind, size, width))
-    config = RecurrentConfig("lstm", size, width, forget_bias=OPEN_FORGET_BIAS)
-    found[f"LSTM, forget bias {OPEN_FORGET_BIAS:g}"] = Recurrent(config)
-    config = model_config(preset, prepared.tokenizer)
-    longer = {**vars(config), "context_length": LENGTHS[-1]}
-    found["transformer"] = Decoder(TransformerConfig(**longer))
+    open_gates = RecurrentConfig("lstm", size, width, forget_bias=OPEN_FORGET_BIAS)
+    found[f"LSTM, forget bias {OPEN_FORGET_BIAS:g}"] = Recurrent(open_gates)
+    longer = dataclasses.replace(
+        model_config(preset, prepared.tokenizer), context_length=LENGTHS[-1]
+    )
+    found["transformer"] = Decoder(longer)
     return found
 
 

@@ -36,6 +36,7 @@ def plain_kneser_ney(texts: list[list[int]], order: int, history: list[int]) -> 
                 counts[gram] += 1
                 if i:
                     before[gram].add(text[i - 1])
+
     def c(gram: tuple[int, ...]) -> int:
         if len(gram) == order or (gram[0] == 0 and len(gram) > 1):
             return counts[gram]
