@@ -12,7 +12,7 @@ import torch
 
 from llmcore import native
 
-from . import bench_generate, machine, overhead, plot, report, roofline, table
+from . import bench_generate, bench_step, machine, overhead, plot, report, roofline, table
 from .cases import DTYPES, Case, benches, cases
 from .contest import Settings, hold
 from .timing import QUICK, TABLE, Plan
@@ -25,6 +25,9 @@ OPS = "ops"
 
 GENERATE = "generate"
 """The name of the whole models' table; it stands alone."""
+
+STEP = "step"
+"""The name of the training step; it stands alone too."""
 
 
 def parts(known: tuple[str, ...], what: str) -> Callable[[str], tuple[str, ...]]:
@@ -57,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OP",
         help=f"which of {known} (default: all); or {OPS}: the table of the figures to reach, in a "
         f"quarter of an hour (of some ops: {OPS} linear rope); or {GENERATE}: tokens a second of a "
-        "whole model against other libraries",
+        f"whole model against other libraries; or {STEP}: a training step against plain torch",
     )
     parser.add_argument(
         "--shape",
@@ -99,9 +102,12 @@ def run(args: argparse.Namespace) -> int:
     if args.ops == [GENERATE]:
         print_machine(machine.describe())
         return bench_generate.run(args, (args.threads or (machine.cores(),))[0])
+    if args.ops == [STEP]:
+        print_machine(machine.describe())
+        return bench_step.run(args, (args.threads or (machine.cores(),))[0])
     unknown = [name for name in args.ops if name not in known]
     if unknown:
-        print(f"ops: got {unknown[0]!r}, expected one of {', '.join((*known, GENERATE))}")
+        print(f"ops: got {unknown[0]!r}, expected one of {', '.join((*known, GENERATE, STEP))}")
         return 2
     chosen = args.ops or list(known[1:])
     threads = args.threads or ((machine.cores(),) if args.quick else (machine.cores(), 1))
