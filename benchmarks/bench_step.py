@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -211,7 +212,7 @@ def measure(
     contenders: Sequence[Stepper], batch: tuple[int, int], classes: int, rounds: int
 ) -> list[Measured]:
     """All of them in turn."""
-    calls = [Contender(s.name, lambda s=s: s.step(batch, classes)) for s in contenders]
+    calls = [Contender(s.name, partial(s.step, batch, classes)) for s in contenders]
     plan = Plan(warm_up=0.0, turn=0.0, total=0.0, fewest_rounds=rounds, most_rounds=rounds)
     timings = timing.measure(calls, plan)
     extras = [memory.extra(call, calls=1) for call in calls]
