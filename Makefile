@@ -27,9 +27,9 @@ test-all: $(VENV)/installed model
 bench: $(VENV)/installed
 	$(BIN)/llmcore bench
 
-# The real model that some tests need; without a network they are skipped, with the reason.
+# The real models that some tests need; without a network they are skipped, with the reason.
 model: $(VENV)/installed
-	-$(BIN)/python -c 'from llmcore.models import smollm2; smollm2.obtain()'
+	-$(BIN)/python -c 'from llmcore.models import minilm, smollm2; smollm2.obtain(); minilm.obtain()'
 
 # Formatting, lint, types.
 check: $(VENV)/installed

@@ -21,6 +21,10 @@ COMMANDS = {
         "llmcore.translate_demo",
         "an encoder-decoder learns English to French, in about five minutes",
     ),
+    "demo similarity": (
+        "llmcore.similarity_demo",
+        "sentences ranked by meaning, with a small real encoder",
+    ),
     "chat": ("llmcore.chat_command", "talk with a model"),
     "generate": ("llmcore.generate_command", "answer a file of prompts, resuming where it stopped"),
     "evaluate": ("llmcore.evaluate_command", "perplexity of text, and what packed weights change"),

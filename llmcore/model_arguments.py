@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from llmcore.generation.sampling import Sampling
-from llmcore.models import Decoder, load
+from llmcore.models import Decoder, Encoder, load
 from llmcore.text import Tokenizer
 
 
@@ -50,7 +50,10 @@ def load_model(args: argparse.Namespace, weights: str | None = None) -> tuple[De
     """The model that was asked for. Errors are `load`'s."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    return load(args.model, weights)
+    model, tokenizer = load(args.model, weights)
+    if isinstance(model, Encoder):
+        raise ValueError(f"{args.model} is an Encoder: it reads text and writes none")
+    return model, tokenizer
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:

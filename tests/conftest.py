@@ -21,8 +21,8 @@ from run_report import (  # noqa: F401  (pytest finds hooks and fixtures by name
 )
 
 from llmcore.dispatch import REGISTRY
-from llmcore.models import Decoder, TransformerConfig, load, smollm2
-from llmcore.text import Tokenizer
+from llmcore.models import Decoder, Encoder, TransformerConfig, load, minilm, smollm2
+from llmcore.text import Tokenizer, WordPieces
 from llmcore.text.tokenizer import _byte_alphabet
 
 TINY = {
@@ -110,6 +110,16 @@ def smollm2_files() -> str:
         return str(smollm2.obtain(download=False))
     except FileNotFoundError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def minilm_pair() -> tuple[Encoder, WordPieces]:
+    """MiniLM and its tokenizer, shared: not to be changed."""
+    try:
+        minilm.obtain(download=False)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    return load("minilm")
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,7 @@ LAYERS = (
         "benchmarks",
         "demo",
         "history_demo",
+        "similarity_demo",
         "translate_demo",
         "data_inspect_command",
         "pretrain_command",

@@ -4,7 +4,8 @@ from llmcore.models.cache import KVCache
 from llmcore.models.config import TransformerConfig
 from llmcore.models.files import load, save
 from llmcore.models.paged_cache import PagedKVCache
-from llmcore.models.transformer import Decoder, Encoder, EncoderDecoder, pool
+from llmcore.models.sentences import embed, pool
+from llmcore.models.transformer import Decoder, Encoder, EncoderDecoder
 
 __all__ = [
     "Decoder",
@@ -13,6 +14,7 @@ __all__ = [
     "KVCache",
     "PagedKVCache",
     "TransformerConfig",
+    "embed",
     "load",
     "pool",
     "save",

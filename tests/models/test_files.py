@@ -276,7 +276,9 @@ def test_files_refuse_a_tokenizer_larger_than_the_model(model, tiny_tokenizer, t
 
 
 def test_files_refuse_other_names(tmp_path):
-    with pytest.raises(FileNotFoundError, match='gpt9 does not exist; accepted: "smollm2", a fol'):
+    with pytest.raises(
+        FileNotFoundError, match='gpt9 does not exist; accepted: "smollm2", "minilm", a fol'
+    ):
         load("gpt9")
     (tmp_path / "model.pt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"model\.pt is not a model; accepted"):

@@ -4,6 +4,7 @@ import hashlib
 import subprocess
 import tarfile
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,9 +68,9 @@ def test_smollm2_cached_and_padded(smollm2_pair):
 def small_package(tmp_path, monkeypatch):
     """A stand-in for the 93 MB file, an empty cache, and no installed package."""
     content = b"GGUF" + bytes(1000)
-    monkeypatch.setattr(smollm2, "SIZE", len(content))
-    monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(smollm2, "MODULE", "llmcore_has_no_such_package")
+    files = {smollm2.FILE: (len(content), hashlib.sha256(content).hexdigest())}
+    package = replace(smollm2.PACKAGE, module="llmcore_has_no_such_package", files=files)
+    monkeypatch.setattr(smollm2, "PACKAGE", package)
     monkeypatch.setenv("LLMCORE_CACHE", str(tmp_path / "cache"))
     (tmp_path / smollm2.FILE).write_bytes(content)
     return tmp_path / smollm2.FILE
@@ -140,5 +141,5 @@ def test_smollm2_is_found_in_its_package_without_importing_it(small_package, mon
     (package / "__init__.py").write_text("raise ImportError('loads llama.cpp')")
     small_package.rename(package / smollm2.FILE)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(smollm2, "MODULE", "shipped_model")
+    monkeypatch.setattr(smollm2, "PACKAGE", replace(smollm2.PACKAGE, module="shipped_model"))
     assert smollm2.obtain(download=False) == package / smollm2.FILE

@@ -43,7 +43,7 @@ class Family:
     unsqueezed   parameters that have an axis of 1 in front
     ignored      tensors that hold nothing of the model's own, as a regular expression
     kind         their model_type
-    stock        transformers' class
+    stock        transformers' class, or classes by the outputs that an encoder has
     keys, defaults   fields of our config: keys of theirs; what a key is that config.json lacks
     fixed        fields that all models of the family share
     required     their keys, and the only value that we know what to do with
@@ -60,7 +60,7 @@ class Family:
     unsqueezed: tuple[str, ...] = ()
     ignored: str = r"(?!)"
     kind: str = ""
-    stock: str = ""
+    stock: str | Mapping[tuple[str, ...], str] = ""
     keys: Mapping[str, str] = field(default_factory=dict)
     defaults: Found = field(default_factory=dict)
     fixed: Found = field(default_factory=dict)

@@ -68,7 +68,12 @@ HUGGING_FACE_BERT = Family(
     prefix="bert.",
     ignored=r"bert\.embeddings\.position_ids|cls\.predictions\.decoder\.bias",
     kind="bert",
-    stock="BertForPreTraining",
+    stock={
+        ("pooler",): "BertModel",
+        ("masked_language",): "BertForMaskedLM",
+        ("pooler", "next_sentence"): "BertForNextSentencePrediction",
+        ("pooler", "masked_language", "next_sentence"): "BertForPreTraining",
+    },
     keys={
         "vocab_size": "vocab_size",
         "width": "hidden_size",
