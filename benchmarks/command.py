@@ -12,7 +12,17 @@ import torch
 
 from llmcore import native
 
-from . import bench_accelerate, bench_generate, machine, overhead, plot, report, roofline, table
+from . import (
+    bench_accelerate,
+    bench_generate,
+    bench_step,
+    machine,
+    overhead,
+    plot,
+    report,
+    roofline,
+    table,
+)
 from .cases import DTYPES, Case, benches, cases
 from .contest import Settings, hold
 from .timing import QUICK, TABLE, Plan
@@ -23,8 +33,8 @@ EXTRAS = ("roofline", "overhead")
 OPS = "ops"
 """The name of the table of figures to reach; ops named beside it choose its rows."""
 
-GENERATE, ACCELERATE = "generate", "accelerate"
-"""The names of the tables of whole models, ours and others'; each stands alone."""
+WHOLE = {"generate": bench_generate, "step": bench_step, "accelerate": bench_accelerate}
+"""The benchmarks of whole models; each stands alone."""
 
 
 def parts(known: tuple[str, ...], what: str) -> Callable[[str], tuple[str, ...]]:
@@ -56,9 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="OP",
         help=f"which of {known} (default: all); or {OPS}: the table of the figures to reach, in a "
-        f"quarter of an hour (of some ops: {OPS} linear rope); or {GENERATE}: tokens a second of a "
-        f"whole model against other libraries; or {ACCELERATE}: models of transformers, as they "
-        "come and after llmcore.accelerate",
+        f"quarter of an hour (of some ops: {OPS} linear rope); or generate: tokens a second of a "
+        "whole model against other libraries; or step: a training step against plain torch; or "
+        "accelerate: models of transformers, as they come and after llmcore.accelerate",
     )
     parser.add_argument(
         "--shape",
@@ -97,17 +107,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, writes; 1 when a kernel of ours fails the yardstick, 2 for a wrong name."""
     known = (OPS, *benches(), *EXTRAS)
-    if args.ops == [GENERATE]:
+    if len(args.ops) == 1 and args.ops[0] in WHOLE:
         print_machine(machine.describe())
-        return bench_generate.run(args, (args.threads or (machine.cores(),))[0])
-    if args.ops == [ACCELERATE]:
-        print_machine(machine.describe())
-        return bench_accelerate.run(args, (args.threads or (machine.cores(),))[0])
+        return WHOLE[args.ops[0]].run(args, (args.threads or (machine.cores(),))[0])
     unknown = [name for name in args.ops if name not in known]
     if unknown:
-        print(
-            f"ops: got {unknown[0]!r}, expected one of {', '.join((*known, GENERATE, ACCELERATE))}"
-        )
+        print(f"ops: got {unknown[0]!r}, expected one of {', '.join((*known, *WHOLE))}")
         return 2
     chosen = args.ops or list(known[1:])
     threads = args.threads or ((machine.cores(),) if args.quick else (machine.cores(), 1))

@@ -17,6 +17,10 @@ COMMANDS = {
         "llmcore.history_demo",
         "n-grams, recurrent networks and a transformer side by side, and the vanishing gradient",
     ),
+    "demo translate": (
+        "llmcore.translate_demo",
+        "an encoder-decoder learns English to French, in about five minutes",
+    ),
     "demo similarity": (
         "llmcore.similarity_demo",
         "sentences ranked by meaning, with a small real encoder",
@@ -65,7 +69,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command.run(parser.parse_args(arguments[words:]))
     except KeyboardInterrupt:
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())
