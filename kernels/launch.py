@@ -24,9 +24,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     that store one result, and the bits would depend on which is last. Kernels say tl.fma where it
     pays.
     """
-    first = next(a for a in args if isinstance(a, torch.Tensor))
-    with torch.cuda.device_of(first):
+    with torch.cuda.device_of(first_tensor(args)):
         kernel[grid](*args, **meta, enable_fp_fusion=False)
+
+
+def first_tensor(args: tuple[Any, ...]) -> torch.Tensor | None:
+    """The first tensor among arguments, or inside of tuples among them."""
+    for a in args:
+        found = first_tensor(a) if isinstance(a, tuple) else a
+        if isinstance(found, torch.Tensor):
+            return found
+    return None
 
 
 def target() -> GPUTarget:
@@ -41,6 +49,15 @@ def precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "tf32"  # which says nothing about half types
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def factors(x: torch.Tensor, y: torch.Tensor) -> torch.dtype:
+    """What tl.dot gets of x and y: their dtype, or float32 of two, which keeps both as they are.
+
+    (Triton's interpreter multiplies the bits of bfloat16: there it is float32 too.)
+    """
+    in_bits = triton.knobs.runtime.interpret and x.dtype == torch.bfloat16
+    return torch.float32 if in_bits or x.dtype != y.dtype else x.dtype
 
 
 def tile_of_rows(width: int) -> dict[str, int]:
