@@ -20,7 +20,13 @@ BODIES = {"attention_varlen": "attention", "paged_attention": "attention"}
 SHARED = (
     *("runtime", "roofline"),
     *("linear_quantized", "store_rows"),  # linear with weights of another kind; filling caches
-    *("launch", "row_norm", "activation", "attention_scores", "attention_backward"),  # of several ops in Triton
+    *(
+        "launch",
+        "row_norm",
+        "activation",
+        "attention_scores",
+        "attention_backward",
+    ),  # of several ops in Triton
 )
 """Kernel files that no one op owns."""
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton_interpreter import round_to_nearest
 
 from llmcore import device, dispatch, native
 from llmcore.dispatch import BACKENDS, REGISTRY, BackendError, Op
@@ -47,6 +48,7 @@ def skip_unless_it_runs(op: Op, backend: str) -> None:
 
 def device_of(backend: str) -> str:
     if backend == "triton" and device.triton_is_interpreted():
+        round_to_nearest()
         return "cpu"
     return "cuda" if backend in ("cuda", "triton") else "cpu"
 
