@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore.dispatch import Candidate, Op, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -212,9 +212,11 @@ OP = Op(
     reference,
     check,
     samples,
-    tuple(map(with_options, native_candidates("cross_entropy", refuses, into=False))),
+    (
+        triton_candidate("cross_entropy", into=False),
+        *map(with_options, native_candidates("cross_entropy", refuses, into=False)),
+    ),
     arguments=arguments,
-    triton="no Triton kernel yet",
     cuda="no CUDA kernel yet",
 )
 

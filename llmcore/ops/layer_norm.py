@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore.dispatch import Candidate, Op, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -118,8 +118,10 @@ OP = Op(
     reference,
     check,
     samples,
-    native_candidates("layer_norm", refuses),
-    triton="no Triton kernel yet",
+    (
+        triton_candidate("layer_norm", contract.refuses_wide_rows),
+        *native_candidates("layer_norm", refuses),
+    ),
     cuda="no CUDA kernel yet",
 )
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore.dispatch import Candidate, Op, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -117,9 +117,16 @@ def refuses(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: 
     reasons = native.refuses_tensors(x, cos, sin)
     if cos.dtype != sin.dtype:
         reasons.append(f"cos in {cos.dtype}, sin in {sin.dtype}: these kernels take one dtype")
+    return reasons + refuses_gradient(x, cos, sin, interleaved)
+
+
+def refuses_gradient(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> list[str]:
+    """Why the angles' gradient needs the definition."""
     if contract.wants_gradient(cos, sin):
-        reasons.append("cos or sin requires a gradient: these kernels have that of x only")
-    return reasons
+        return ["cos or sin requires a gradient: these kernels have that of x only"]
+    return []
 
 
 OP = Op(
@@ -127,9 +134,8 @@ OP = Op(
     reference,
     check,
     samples,
-    native_candidates("rope", refuses),
+    (triton_candidate("rope", refuses_gradient), *native_candidates("rope", refuses)),
     arguments=arguments,
-    triton="no Triton kernel yet",
     cuda="no CUDA kernel: one elementwise pass is Triton's to fuse",
 )
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore.dispatch import Candidate, Op, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -72,8 +72,7 @@ OP = Op(
     reference,
     check,
     samples,
-    native_candidates("swiglu", refuses),
-    triton="no Triton kernel yet",
+    (triton_candidate("swiglu"), *native_candidates("swiglu", refuses)),
     cuda="no CUDA kernel: one elementwise pass is Triton's to fuse",
 )
 
