@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore.dispatch import Candidate, Op, cuda_candidate, native_candidates
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -114,7 +114,11 @@ def _(
 
 
 def refuses(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> list[str]:
-    reasons = native.refuses_tensors(x, cos, sin)
+    return native.refuses_tensors(x, cos, sin) + refuses_angles(cos, sin)
+
+
+def refuses_angles(cos: torch.Tensor, sin: torch.Tensor) -> list[str]:
+    reasons = []
     if cos.dtype != sin.dtype:
         reasons.append(f"cos in {cos.dtype}, sin in {sin.dtype}: these kernels take one dtype")
     if contract.wants_gradient(cos, sin):
@@ -122,15 +126,20 @@ def refuses(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: 
     return reasons
 
 
+def refuses_cuda(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> list[str]:
+    return native.refuses_kinds(x, cos, sin) + refuses_angles(cos, sin)
+
+
 OP = Op(
     "rope",
     reference,
     check,
     samples,
-    native_candidates("rope", refuses),
+    (cuda_candidate("rope", refuses_cuda), *native_candidates("rope", refuses)),
     arguments=arguments,
     triton="no Triton kernel yet",
-    cuda="no CUDA kernel: one elementwise pass is Triton's to fuse",
 )
 
 
