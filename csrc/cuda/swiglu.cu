@@ -10,7 +10,7 @@ __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
 template <typename T, int STEP>
 __global__ void __launch_bounds__(THREADS) swiglu_forward_kernel(const GatedForward op) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (row >= op.rows) return;
+  if (row >= op.rows) return;  // forward
   const T* gate = static_cast<const T*>(op.gate) + row * op.gate_stride;
   const T* up = static_cast<const T*>(op.up) + row * op.up_stride;
   T* y = static_cast<T*>(op.y) + row * op.width;

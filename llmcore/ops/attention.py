@@ -421,7 +421,6 @@ OP = Op(
     attention_native.candidates(),
     arguments=arguments,
     triton="no Triton kernel yet",
-    cuda="no CUDA kernel yet",
 )
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import nvcc
 import torch
 from simulated import DTYPES, Library, pointer
 
@@ -209,12 +210,86 @@ class SwiGLU:
         return found[0], found[1], strides
 
 
+class Attention:
+    def __init__(self, library: Library, name: str) -> None:
+        self.library = library
+
+    @staticmethod
+    def problem(call: Call, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> dict[str, Any]:
+        names = ("scale", "causal", "q_offset", "mask", "kv_lengths", "q_offsets", "sinks")
+        names = (*names, "alibi_slopes", "seed", "window_left", "window_right", "softcap")
+        given = dict(zip(names, options, strict=False))
+        batch, heads, rows, width = q.shape
+        fields: dict[str, Any] = {"B": batch, "H": heads, "T": rows, "D": width}
+        fields |= {"G": k.shape[1], "S": k.shape[2], "Dv": v.shape[3], "dtype": DTYPES[q.dtype]}
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            fields[name], fields[f"{name}_strides"] = heads_of(call, tensor, name)
+        for name in ("kv_lengths", "q_offsets"):
+            fields[name] = pointer(call.input(given.get(name), name))
+        offset = given.get("q_offset")
+        fields["q_offset"] = -(2**63) if offset is None else offset
+        fields |= {"scale": given["scale"], "causal": given["causal"]}
+        fields |= {"softcap": given.get("softcap", 0.0)}
+        fields |= {name: given.get(name, -1) for name in ("window_left", "window_right")}
+        return fields
+
+    @staticmethod
+    def fresh(call: Call, heads: int, like: Tensor, name: str) -> Tensor:
+        """(B, heads, positions, width), in memory (B, positions, heads, width)."""
+        batch, _, rows, width = like.shape
+        return call.memory.output((batch, rows, heads, width), like.dtype, name).transpose(1, 2)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        call = Call(self.library)
+        out, lse = self.fresh(call, q.shape[1], q, "out"), call.floats(q.shape[:3], "lse")
+        fields = {"problem": self.problem(call, q, k, v, *options)}
+        fields |= {"out": out, "out_strides": out.stride()[:3], "lse": lse}
+        call.run("attention_forward", "AttentionForward", scratch=True, **fields)
+        return out.clone(), lse.clone()
+
+    def backward(
+        self,
+        dy: Tensor,
+        dlse: Tensor | None,
+        y: Tensor,
+        lse: Tensor,
+        need_dmask: bool,
+        need_dslopes: bool,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *options: Any,
+    ) -> tuple[Tensor, ...]:
+        call = Call(self.library)
+        fields: dict[str, Any] = {"problem": self.problem(call, q, k, v, *options)}
+        fields |= {"lse": call.input(lse, "lse"), "dlse": call.input(dlse, "dlse")}
+        for name, tensor in (("out", y), ("dout", dy)):
+            fields[name], fields[f"{name}_strides"] = heads_of(call, tensor, name)
+        outputs = []
+        for name, tensor in (("dq", q), ("dk", k), ("dv", v)):
+            output = self.fresh(call, tensor.shape[1], tensor, name)
+            outputs.append(output)
+            fields |= {name: output, f"{name}_strides": output.stride()[:3]}
+        call.run("attention_backward", "AttentionBackward", scratch=True, **fields)
+        nothing = [q.new_empty(0, dtype=torch.float32)] * 3
+        return (*(output.clone() for output in outputs), *nothing)
+
+
+def heads_of(call: Call, tensor: Tensor, name: str) -> tuple[int | None, tuple[int, ...]]:
+    """Pointer and strides of (B, heads, positions, width), copied where rows are not aligned."""
+    aligned = tensor.stride(3) == 1 and all(stride % 8 == 0 for stride in tensor.stride()[:3])
+    placed = call.input(tensor, name, contiguous=not aligned)
+    return pointer(placed), placed.stride()[:3]
+
+
 @dataclass(frozen=True)
 class Binding:
     """What runs an op's raw calls, and the contract's wrapper that makes a candidate of them."""
 
     make: Callable[[Library, str], Any]
     wrapper: str = ""
+    module: str = ""
+    sources: tuple[str, ...] = ()
 
 
 BINDINGS = {
@@ -226,13 +301,25 @@ BINDINGS = {
     "cross_entropy": Binding(CrossEntropy, "with_options"),
     "rope": Binding(Rope),
     "swiglu": Binding(SwiGLU),
+    "attention": Binding(
+        Attention,
+        "with_contract_arguments",
+        "attention_native",
+        ("attention", "attention_backward"),
+    ),
 }
+
+
+def library_of(name: str, *edits: nvcc.Edit) -> Library:
+    """The op's launchers, of sources as they are or edited."""
+    return Library(BINDINGS[name].sources or (name,), edits)
 
 
 def candidate(library: Library, name: str) -> Candidate:
     """The op's CUDA candidate, run by the simulator; it refuses what the real one refuses, but for
     the device."""
-    binding, contract = BINDINGS[name], sys.modules[f"llmcore.ops.{name}"]
+    binding = BINDINGS[name]
+    contract = sys.modules[f"llmcore.ops.{binding.module or name}"]
     raw = binding.make(library, name)
 
     def into(*args: Any) -> None:

@@ -242,3 +242,39 @@ def test_shuffle(mode, clamp, source):
     for b in (0, 1, 5, 16, 31):
         got = run(f"shfl.sync.{mode}.b32", values, extra=f", {b}, {clamp}, -1")
         assert got == [values[source(i, b)] for i in range(32)]
+
+
+PAIR = """.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry k(.param .u64 p0)
+{
+.reg .b32 %r<4>; .reg .b64 %rd<4>;
+ld.param.u64 %rd1, [p0];
+mov.u32 %r1, 7;
+mov.b64 %rd2, {FIRST, SECOND};
+cvt.u32.u64 %r3, %rd2;
+st.global.b32 [%rd1], %r3;
+ret;
+}
+"""
+
+
+def test_low_half_of_a_pair() -> None:
+    """Of two registers packed into one, an undefined high half does not spoil the low one."""
+    out = np.zeros(1, np.uint32)
+    ptxsim.load(PAIR.replace("FIRST", "%r1").replace("SECOND", "%r2")).launch("k", 1, 1, [out])
+    assert out[0] == 7
+    with pytest.raises(ptxsim.UninitialisedRead):
+        ptxsim.load(PAIR.replace("FIRST", "%r2").replace("SECOND", "%r1")).launch("k", 1, 1, [out])
+
+
+def test_parameter_at_a_computed_address() -> None:
+    text = PAIR.replace("mov.u32 %r1, 7;", "mov.b64 %rd3, p0; ld.param.b32 %r1, [%rd3+8];")
+    text = text.replace(".param .u64 p0", ".param .align 8 .b8 p0[16]")
+    text = text.replace("FIRST", "%r1").replace("SECOND", "%r1")
+    out = np.zeros(1, np.uint32)
+    place = 1 << 44
+    packed = struct.pack("<QII", place, 41, 0)
+    ptxsim.load(text).launch("k", 1, 1, [packed], 0, [(place, out.view(np.uint8), "out")])
+    assert out[0] == 41

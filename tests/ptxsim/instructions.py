@@ -51,12 +51,15 @@ def _compile_alu(instr: Instr, program: Program, _: int) -> Step:
     pairs = list(zip(readers, decoders, strict=True))
     two = instr.op == "setp"
     chooses = instr.op == "selp"
+    takes_low = instr.op == "cvt" and [t.bits for t in instr.types] == [32, 64] and bool(slots)
 
     def run(m: Machine) -> None:
         values = [
             decode(read(m)) for read, decode in pairs
         ]  # reading first marks unwritten registers
         poison = m.poison_of(slots) if m.undefined else None
+        if poison is not None and takes_low and slots[0] in m.low_half:
+            poison = m.low_half[slots[0]]
         if poison is not None and chooses:
             poison = _select_poison(m, program, operands, values[2])
         result = fn(*values)
@@ -101,10 +104,14 @@ def _mov(instr: Instr, program: Program, _: int) -> Step:
     if isinstance(source, Vec):
         part = bit_type(kind.bits // len(source.items))
         readers = [program.reader(s, part) for s in source.items]
+        packed = program.slot_of[dest.name]
 
         def pack(m: Machine) -> None:
             pieces = np.stack(np.broadcast_arrays(*[r(m) for r in readers]), axis=-1)
-            write(m, np.ascontiguousarray(pieces).view(kind.raw).reshape(-1), m.poison_of(slots))
+            poison = m.poison_of(slots)
+            write(m, np.ascontiguousarray(pieces).view(kind.raw).reshape(-1), poison)
+            if poison is not None and m.full:  # nvcc packs one number and takes it out again
+                m.low_half[packed] = m.poison_of(program.slots_in(source.items[0]))
 
         return pack
     read = program.reader(source, kind)

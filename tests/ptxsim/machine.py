@@ -101,6 +101,7 @@ class Machine:
 
         self.registers: list[Array | None] = [None] * len(program.slots)
         self.undefined: dict[int, Array] = {}
+        self.low_half: dict[int, Array | None] = {}  # of an undefined pair: its low half's lanes
         self.clocks = Clocks(blocks, self.warps)
         self.shared = SharedMemory(blocks, shared_size, program.granule, self.clocks, options.races)
         self.local = LocalMemory(self.lanes, program.local_size)
@@ -145,6 +146,8 @@ class Machine:
 
     def write(self, slot: int, value: Array, poison: Array | None = None) -> None:
         """Write the active lanes of a register; ``poison`` marks undefined results."""
+        if self.low_half:
+            self.low_half.pop(slot, None)
         if self.full:
             self.registers[slot] = value
             if poison is not None:

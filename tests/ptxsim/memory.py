@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 SHARED_BASE, LOCAL_BASE, GLOBAL_BASE = 1 << 40, 1 << 41, 0x7000_0000_0000
+PARAM_START = 1 << 16  # address of the first parameter byte, in a space of their own
 SHARED_START = 1024  # offset of the first shared byte in its window; address 0 stays invalid
 GAP = 1 << 20
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from .alu import unsupported
 from .dtypes import Array, PtxType
+from .errors import OutOfBounds
 from .machine import Machine, PendingCopy, Step
-from .memory import Access
+from .memory import PARAM_START, Access
 from .operands import (
     U32,
     by_space,
@@ -20,7 +21,7 @@ from .operands import (
     space_of,
     vector_of,
 )
-from .parser import Imm, Instr, Mem, Operand, Sym, Vec
+from .parser import Imm, Instr, Operand, Vec
 from .program import Program
 
 
@@ -55,19 +56,27 @@ def _load(instr: Instr, program: Program, _: int) -> Step:
 
 
 def _load_param(instr: Instr, program: Program, dests: tuple[Operand, ...], kind: PtxType) -> Step:
-    memory = instr.operands[1]
-    if (
-        not isinstance(memory, Mem)
-        or not isinstance(memory.base, Sym)
-        or memory.base.name not in program.params
-    ):
-        raise unsupported(instr)
-    start = program.params[memory.base.name] + memory.offset
+    """Parameters are one string of bytes, the same for all lanes; an address may be computed."""
     writers = [program.writer(d, kind) for d in dests]
+    addresses, _slots = memory_address(instr, program, instr.operands[1])
+    nbytes = kind.nbytes * len(dests)
 
     def load(m: Machine) -> None:
+        start = addresses(m).astype(np.int64) - PARAM_START
+        bad = (start < 0) | (start + nbytes > len(m.params))
+        if bad.any():
+            at = int(m.active[int(bad.argmax())])
+            m.fail(OutOfBounds, instr, f"reads past the {len(m.params)} bytes of parameters", at)
+        first = int(start[0])
+        if (start == first).all():
+            for k, write in enumerate(writers):
+                write(m, np.frombuffer(m.params, kind.raw, 1, first + k * kind.nbytes), None)
+            return
+        data = np.frombuffer(m.params, np.uint8)
         for k, write in enumerate(writers):
-            write(m, np.frombuffer(m.params, kind.raw, 1, start + k * kind.nbytes), None)
+            index = start[:, None] + k * kind.nbytes + np.arange(kind.nbytes)
+            values = np.ascontiguousarray(data[index]).view(kind.raw).reshape(-1)
+            write(m, scatter(m, values), None)
 
     return load
 

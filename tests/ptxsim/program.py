@@ -12,7 +12,7 @@ import numpy as np
 from .dtypes import Array, PtxType, bit_type
 from .errors import PtxSyntaxError
 from .machine import Machine, Step
-from .memory import SHARED_START
+from .memory import PARAM_START, SHARED_START
 from .parser import Function, Imm, Instr, Mem, Operand, Reg, Sink, Sym, Variable, Vec
 
 Reader = Callable[[Machine], Array]
@@ -104,6 +104,7 @@ class Program:
         for param in function.params:
             self.param_bytes = -(-self.param_bytes // param.align) * param.align
             self.params[param.name] = self.param_bytes
+            self.addresses[param.name] = PARAM_START + self.param_bytes
             self.param_bytes += param.nbytes
         self.granule = self._granule()
         self.blocks, self.block_of = self._split()
