@@ -133,12 +133,22 @@ def native_candidates(
     return tuple(candidates)
 
 
-def triton_candidate(name: str, refuses: Callable[..., list[str]]) -> Candidate:
-    """The module kernels/<name>.py as a candidate; it is imported at the first call."""
+def triton_candidate(
+    name: str,
+    refuses: Callable[..., list[str]] = _never,
+    *,
+    backward: bool = True,
+    into: bool = True,
+) -> Candidate:
+    """The module kernels/<name>.py as a candidate; it is imported at the first call.
+
+    `backward` and `into` say whether it has a function for each.
+    """
 
     def late(attribute: str) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            return getattr(importlib.import_module(f"llmcore.kernels.{name}"), attribute)(*args)
+        def call(*args: Any, **options: Any) -> Any:
+            module = importlib.import_module(f"llmcore.kernels.{name}")
+            return getattr(module, attribute)(*args, **options)
 
         return call
 
@@ -147,13 +157,17 @@ def triton_candidate(name: str, refuses: Callable[..., list[str]]) -> Candidate:
         interpreted = device.triton_is_interpreted() and forced == "triton"
         why = "Triton takes it in its interpreter only, if forced"
         reasons = [f"a tensor on {k}: {why}" for k in kinds if not (interpreted and k == "cpu")]
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            reasons.append("torch.compile and torch.func see through the definition only")
+        if any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in args):
+            reasons.append("torch.float64: Triton's kernels compute in float32")
         return reasons + refuses(*args)
 
     return Candidate(
         "triton",
         forward=late("forward"),
-        backward=late("backward"),
-        into=late("into"),
+        backward=late("backward") if backward else None,
+        into=late("into") if into else None,
         machine=device.triton_reason() or "",
         refuses=refuses_device,
     )
@@ -230,6 +244,8 @@ class Op:
         # In compilation shapes may be symbolic, and a graph must not depend on a cache; keys do not
         # hold tangents.
         if key is None or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+            return self._choose(*args)
+        if torch._C._are_functorch_transforms_active():  # which Triton's kernels can't see through
             return self._choose(*args)
         try:
             choice = self.chosen.get((forced, key))

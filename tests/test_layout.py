@@ -17,6 +17,19 @@ ROOT = Path(__file__).resolve().parents[1]
 BODIES = {"attention_varlen": "attention", "paged_attention": "attention"}
 """Ops whose kernels are another op's, which finds keys and values in more than one way."""
 
+SHARED = (
+    *("runtime", "roofline"),
+    *("linear_quantized", "store_rows"),  # linear with weights of another kind; filling caches
+    *(
+        "launch",
+        "row_norm",
+        "activation",
+        "attention_scores",
+        "attention_backward",
+    ),  # of several ops in Triton
+)
+"""Kernel files that no one op owns."""
+
 FAMILIES = {
     "cpu": ("csrc/cpu/{body}.cpp", "csrc/register/{op}.cpp", "benchmarks/bench_{op}.py"),
     "triton": ("kernels/{op}.py",),
@@ -80,8 +93,7 @@ def test_layout_no_stray_kernels() -> None:
     places = (("kernels", "*.py"), ("csrc/register", "*.cpp"), ("csrc/cuda", "*.cu"))
     for folder, pattern in places:
         for path in (ROOT / folder).glob(pattern):
-            # linear_quantized is linear with weights of another kind; store_rows fills caches.
-            shared = path.stem in ("runtime", "roofline", "linear_quantized", "store_rows")
+            shared = path.stem in SHARED
             assert shared or path.stem in known, f"{path.name} belongs to no op"
     assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow Hugging Face's kernels"
 

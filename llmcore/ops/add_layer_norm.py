@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, cuda_candidate, native_candidates
+from llmcore.dispatch import Candidate, Op, cuda_candidate, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.layer_norm import reference as layer_norm_reference
 from llmcore.ops.sample import Draw, Sample
@@ -147,10 +147,10 @@ OP = Op(
     samples,
     (
         cuda_candidate("add_layer_norm", refuses_cuda),
+        triton_candidate("add_layer_norm", contract.refuses_wide_rows),
         *native_candidates("add_layer_norm", refuses),
     ),
     arguments=arguments,
-    triton="no Triton kernel yet",
 )
 
 

@@ -35,6 +35,14 @@ def refuses(
     return reasons
 
 
+def refuses_widths(q: torch.Tensor, v: torch.Tensor) -> list[str]:
+    """Why Triton's kernels can't take heads of these widths."""
+    widest = max(q.shape[-1], v.shape[-1])
+    if widest > 256:
+        return [f"head width {widest}: these kernels hold tiles of at most 256 in registers"]
+    return []
+
+
 def is_one_for_all_keys(mask: torch.Tensor | None) -> bool:
     """Whether one element of a mask is added to the scores of all keys."""
     return mask is not None and (mask.ndim == 0 or mask.shape[-1] == 1)
@@ -202,11 +210,15 @@ def refuses_cuda(
     return reasons
 
 
+def cuda() -> Candidate:
+    """The CUDA kernels, for attention's contract."""
+    return with_contract_arguments(cuda_candidate("attention", refuses_cuda, into=False))
+
+
 def candidates() -> tuple[Candidate, ...]:
-    """The CUDA and the CPU kernels, for attention's contract."""
-    cuda = cuda_candidate("attention", refuses_cuda, into=False)
+    """The CPU kernels, for attention's contract."""
     found = native_candidates("attention", refuses, into=False)
-    return (with_contract_arguments(cuda), *map(with_contract_arguments, found))
+    return tuple(map(with_contract_arguments, found))
 
 
 class Attention(contract.KernelFunction):

@@ -18,6 +18,17 @@ R = TypeVar("R")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+WIDEST = 65536
+"""Elements of a row that Triton's row-wise kernels hold in registers."""
+
+
+def refuses_wide_rows(x: torch.Tensor, *rest: Any, axis: int = -1) -> list[str]:
+    """Why Triton's row-wise kernels can't take x."""
+    if x.shape[axis] <= WIDEST:
+        return []
+    return [f"width {x.shape[axis]}: this kernel holds a row of at most {WIDEST} in registers"]
+
+
 def widen(x: torch.Tensor) -> torch.Tensor:
     """x in at least float32: half types are promoted, float64 stays."""
     return x if x.dtype == torch.float64 else x.float()

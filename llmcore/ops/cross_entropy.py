@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, cuda_candidate, native_candidates
+from llmcore.dispatch import Candidate, Op, cuda_candidate, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -218,10 +218,10 @@ OP = Op(
     samples,
     (
         with_options(cuda_candidate("cross_entropy", refuses_cuda, into=False)),
+        triton_candidate("cross_entropy", into=False),
         *map(with_options, native_candidates("cross_entropy", refuses, into=False)),
     ),
     arguments=arguments,
-    triton="no Triton kernel yet",
 )
 
 

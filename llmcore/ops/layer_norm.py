@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, cuda_candidate, native_candidates
+from llmcore.dispatch import Candidate, Op, cuda_candidate, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -124,8 +124,11 @@ OP = Op(
     reference,
     check,
     samples,
-    (cuda_candidate("layer_norm", refuses_cuda), *native_candidates("layer_norm", refuses)),
-    triton="no Triton kernel yet",
+    (
+        cuda_candidate("layer_norm", refuses_cuda),
+        triton_candidate("layer_norm", contract.refuses_wide_rows),
+        *native_candidates("layer_norm", refuses),
+    ),
 )
 
 

@@ -55,14 +55,6 @@ def refuses(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> list[st
     return native.refuses_tensors(x, weight)
 
 
-def refuses_triton(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> list[str]:
-    if x.dtype == torch.float64:
-        return ["torch.float64: this kernel computes in float32"]
-    if x.shape[-1] > 65536:
-        return [f"width {x.shape[-1]}: this kernel holds a row of at most 65536 in registers"]
-    return []
-
-
 @native.fake("rms_norm_forward")
 def _(level: int, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -105,7 +97,7 @@ OP = Op(
     samples,
     (
         cuda_candidate("rms_norm", refuses_cuda),
-        triton_candidate("rms_norm", refuses_triton),
+        triton_candidate("rms_norm", contract.refuses_wide_rows),
         *native_candidates("rms_norm", refuses),
     ),
 )

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, cuda_candidate, native_candidates
+from llmcore.dispatch import Candidate, Op, cuda_candidate, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -76,8 +76,11 @@ OP = Op(
     reference,
     check,
     samples,
-    (cuda_candidate("swiglu", refuses_cuda), *native_candidates("swiglu", refuses)),
-    triton="no Triton kernel yet",
+    (
+        cuda_candidate("swiglu", refuses_cuda),
+        triton_candidate("swiglu"),
+        *native_candidates("swiglu", refuses),
+    ),
 )
 
 
