@@ -12,7 +12,7 @@ import torch
 
 from llmcore import native
 
-from . import bench_generate, machine, overhead, plot, report, roofline, table
+from . import bench_generate, gpu, machine, overhead, plot, report, roofline, table
 from .cases import DTYPES, Case, benches, cases
 from .contest import Settings, hold
 from .timing import QUICK, TABLE, Plan
@@ -65,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=bench_generate.SMOLLM2,
         help=f"of {GENERATE}: SmolLM2-135M, or a random Llama of half a billion weights",
     )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: our CUDA and Triton kernels and torch's on a GPU (default: cpu)",
+    )
     parser.add_argument("--quick", action="store_true", help="few shapes, about two minutes")
     parser.add_argument(
         "--threads",
@@ -96,6 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, writes; 1 when a kernel of ours fails the yardstick, 2 for a wrong name."""
     known = (OPS, *benches(), *EXTRAS)
+    if args.device == "cuda":
+        return gpu.run(args)
     if args.ops == [GENERATE]:
         print_machine(machine.describe())
         return bench_generate.run(args, (args.threads or (machine.cores(),))[0])

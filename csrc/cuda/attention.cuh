@@ -18,23 +18,27 @@ __device__ inline float exp2_approximately(float x) {
   return y;
 }
 
-// Keys [low, high) of the query at row t: of one sequence, in int, since S is.
+constexpr int FARTHEST = 1 << 29;  // positions and windows beyond count as this: their sums fit in an int
+
+__device__ inline int near(int64_t x) { return int(x < -FARTHEST ? -FARTHEST : x < FARTHEST ? x : FARTHEST); }
+
+// Which keys the queries of one sequence see: of row t those from `left` before its position, offset + t, to `right`
+// behind it, an interval [low, high).
 struct Keys {
-  int64_t offset;  // position of row 0
-  int64_t left, right;
-  int length;
+  int offset, left, right, length;
 
   __device__ Keys(const AttentionProblem& p, int64_t b) {
     const int64_t given = p.kv_lengths == nullptr ? p.S : p.kv_lengths[b];
     length = int(given < 0 ? 0 : given < p.S ? given : p.S);
-    offset = p.q_offsets != nullptr ? p.q_offsets[b] : p.q_offset != NO_OFFSET ? p.q_offset : length - p.T;
-    const int64_t far = int64_t{1} << 40;
-    left = p.window_left < 0 ? far : p.window_left;
-    right = p.causal ? 0 : p.window_right < 0 ? far : p.window_right;
+    offset = near(p.q_offsets != nullptr ? p.q_offsets[b] : p.q_offset != NO_OFFSET ? p.q_offset : length - p.T);
+    left = p.window_left < 0 ? FARTHEST : near(p.window_left);
+    right = p.causal ? 0 : p.window_right < 0 ? FARTHEST : near(p.window_right);
   }
-  __device__ int inside(int64_t key) const { return int(key < 0 ? 0 : key < length ? key : length); }
-  __device__ int low(int64_t t) const { return inside(offset + t - left); }
-  __device__ int high(int64_t t) const { return inside(offset + t + right + 1); }
+  __device__ int inside(int key) const { return key < 0 ? 0 : key < length ? key : length; }
+  __device__ int low(int64_t t) const { return inside(offset + int(t) - left); }
+  __device__ int high(int64_t t) const { return inside(offset + int(t) + right + 1); }
+  // Of a key and the row at t; `ahead` is key - t - offset.
+  __device__ bool sees(int ahead, int key) const { return ahead >= -left && ahead <= right && key < length; }
 };
 
 // Scores before masking become what 2 is raised to, but for a factor that `Scores::factor` is: with a softcap the
@@ -123,6 +127,7 @@ struct OnlineSoftmax {
 template <bool TRANSPOSED, int M, int N>
 __device__ void mask_outside(float (&c)[M][N][4], const Keys& keys, int64_t row, int first_key, float outside,
                              int lane) {
+  const int ahead = first_key - int(row) - keys.offset;
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -130,9 +135,8 @@ __device__ void mask_outside(float (&c)[M][N][4], const Keys& keys, int64_t row,
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int down = 16 * m + 8 * (i / 2) + lane / 4, across = 8 * n + 2 * (lane % 4) + i % 2;
-        const int64_t t = row + (TRANSPOSED ? across : down);
-        const int key = first_key + (TRANSPOSED ? down : across);
-        if (key < keys.low(t) || key >= keys.high(t)) c[m][n][i] = outside;
+        const int key = TRANSPOSED ? down : across, t = TRANSPOSED ? across : down;
+        if (!keys.sees(ahead + key - t, first_key + key)) c[m][n][i] = outside;
       }
     }
   }

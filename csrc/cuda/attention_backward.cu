@@ -88,15 +88,16 @@ __global__ void __launch_bounds__(WARPS * 32) attention_backward_keys_kernel(con
   const Keys keys(p, b);
   const Scores scores(p);
   // Queries [from, to) see a key of this block.
-  int64_t from = first_key - keys.offset - keys.right, to = first_key + BLOCK_K + keys.left - keys.offset;
+  int from = first_key - keys.offset - keys.right, to = first_key + BLOCK_K + keys.left - keys.offset;
   from = from > 0 ? from : 0;
-  to = first_key >= keys.length || to < from ? from : to < p.T ? to : p.T;
-  const int first_block = int(from / BLOCK_Q), blocks = to > from ? int(ceil_div(to, BLOCK_Q)) - first_block : 0;
+  to = first_key >= keys.length ? 0 : to < p.T ? to : int(p.T);
+  const int first_block = from / BLOCK_Q, blocks = to > from ? (to + BLOCK_Q - 1) / BLOCK_Q - first_block : 0;
   const int turns = blocks * int(share);
-  const auto head_of = [&](int turn) { return g * share + turn / blocks; };
-  const auto query_of = [&](int turn) { return int64_t(first_block + turn % blocks) * BLOCK_Q; };
+  // The next turn to fetch: its head, of those that share these keys, and first query.
+  int next_head = 0, next_query = first_block * BLOCK_Q;
   const auto fetch = [&](int turn) {
-    const int64_t h = head_of(turn), t = query_of(turn);
+    const int64_t h = g * share + next_head;
+    const int t = next_query;
     const int valid = int(p.T - t < BLOCK_Q ? p.T - t : BLOCK_Q);
     const uint32_t stage = stages + turn % Shape::STAGES * Shape::STAGE_BYTES;
     const T* q = static_cast<const T*>(p.q) + b * p.q_strides[0] + h * p.q_strides[1] + t * p.q_strides[2];
@@ -110,12 +111,15 @@ __global__ void __launch_bounds__(WARPS * 32) attention_backward_keys_kernel(con
       copy_float_async(row_stages + turn % Shape::STAGES * 2 * Shape::ROWS_BYTES + thread * 4, values + row,
                        row < valid);
     }
+    next_query += BLOCK_Q;
+    if (next_query == (first_block + blocks) * BLOCK_Q) next_head += 1, next_query = first_block * BLOCK_Q;
   };
 
   const T* k = static_cast<const T*>(p.k) + b * p.k_strides[0] + g * p.k_strides[1] + first_key * p.k_strides[2];
   const T* v = static_cast<const T*>(p.v) + b * p.v_strides[0] + g * p.v_strides[1] + first_key * p.v_strides[2];
   Tile<D>::template copy<BLOCK_K>(k_tile, k, p.k_strides[2], keys.length - first_key, thread, WARPS * 32);
   Tile<D>::template copy<BLOCK_K>(v_tile, v, p.v_strides[2], keys.length - first_key, thread, WARPS * 32);
+  int query = next_query;
   if (turns > 0) fetch(0);
   commit_copies();
   const int own = 16 * M * warp;
@@ -124,8 +128,10 @@ __global__ void __launch_bounds__(WARPS * 32) attention_backward_keys_kernel(con
 
   float dk[M][D / 8][4] = {}, dv[M][D / 8][4] = {};
   for (int turn = 0; turn < turns; ++turn) {
+    const int t = query;
     wait_copies<0>();
     __syncthreads();  // this turn's queries are there, and no warp reads the last one's any more
+    query = next_query;
     if (turn + 1 < turns) fetch(turn + 1);
     commit_copies();
     const uint32_t q_tile = stages + turn % Shape::STAGES * Shape::STAGE_BYTES, dout_tile = q_tile + Shape::TILE_BYTES;
@@ -135,7 +141,7 @@ __global__ void __launch_bounds__(WARPS * 32) attention_backward_keys_kernel(con
         s, [&](uint32_t (&a)[M][4], int step) { load_left<D>(a, k_base, step); }, right_base<D>(q_tile, lane));
     multiply_rows<T, D>(
         dp, [&](uint32_t (&a)[M][4], int step) { load_left<D>(a, v_base, step); }, right_base<D>(dout_tile, lane));
-    const int64_t t = query_of(turn), last = t + BLOCK_Q <= p.T ? t + BLOCK_Q - 1 : p.T - 1;
+    const int last = t + BLOCK_Q <= p.T ? t + BLOCK_Q - 1 : int(p.T) - 1;
     const bool masked = first_key < keys.low(last) || first_key + BLOCK_K > keys.high(t);
     const auto column = [&](int n, int i) { return 8 * n + 2 * (lane % 4) + i % 2; };
     weights_and_gradients<true>(

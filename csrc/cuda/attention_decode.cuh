@@ -15,7 +15,9 @@ constexpr int DECODE_ROWS = 16, SPLIT = 512, STEP = 16;
 template <int D>
 struct DecodeShape {
   static constexpr int STAGES = 3, TILE_BYTES = STEP * D * 2, WARP_BYTES = STAGES * 2 * TILE_BYTES;
-  static constexpr int OUT_BYTES = DECODE_ROWS * D * 4, ROWS_BYTES = 2 * WARPS * DECODE_ROWS * 4;
+  static constexpr int OUT_BYTES = DECODE_ROWS * (D + 8) * 4, ROWS_BYTES = 2 * WARPS * DECODE_ROWS * 4;
+  static constexpr int OUT_PITCH =
+      D + 8;  // floats of a row of a warp's result: 8 banks on, so that rows don't conflict
   // The queries' tile; the warps' stages, whose place their results take at the end; each row's maximum and sum.
   static constexpr int SHARED_BYTES = DECODE_ROWS * D * 2 + WARPS * WARP_BYTES + ROWS_BYTES;
   static_assert(OUT_BYTES <= WARP_BYTES);
@@ -127,7 +129,7 @@ __global__ void __launch_bounds__(WARPS * 32)
       maxima[warp * DECODE_ROWS + row] = softmax.maximum[0][half], sums[warp * DECODE_ROWS + row] = sum;
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
-      *reinterpret_cast<float2*>(warp_out + row * D + 8 * n + 2 * (lane % 4)) =
+      *reinterpret_cast<float2*>(warp_out + row * Shape::OUT_PITCH + 8 * n + 2 * (lane % 4)) =
           make_float2(out[0][n][2 * half], out[0][n][2 * half + 1]);
     }
   }
@@ -145,7 +147,7 @@ __global__ void __launch_bounds__(WARPS * 32)
       const float weight = own == -INFINITY ? 0.0f : exp2_approximately((own - maximum) * scores.factor);
       const char* other = shared + DECODE_ROWS * D * 2 + w * Shape::WARP_BYTES;
       sum += sums[w * DECODE_ROWS + row] * weight;
-      total += reinterpret_cast<const float*>(other)[i] * weight;
+      total += reinterpret_cast<const float*>(other)[row * Shape::OUT_PITCH + column] * weight;
     }
     const float y = sum == 0.0f ? 0.0f : total / sum;
     const float lse = sum == 0.0f ? -INFINITY : (maximum * scores.factor + log2f(sum)) / LOG2E;

@@ -45,7 +45,7 @@ struct PieceShape {
   dim3 grid, threads;
 
   PieceShape(int64_t rows, int64_t pieces) {
-    int64_t across = 32;
+    int64_t across = 4;
     while (across < pieces && across < THREADS) across *= 2;
     threads = dim3(unsigned(across), unsigned(THREADS / across));
     grid = dim3(unsigned(ceil_div(rows, threads.y)), unsigned(pieces > across ? ceil_div(pieces, across) : 1));

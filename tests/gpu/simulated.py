@@ -66,6 +66,7 @@ class Library:
             subprocess.run([*command, "-o", str(target)], check=True)
         self.library = ctypes.CDLL(str(target))
         self.options: dict[str, Any] = {}
+        self.geometry: dict[str, tuple[int, int]] = {}  # by kernel: threads, dynamic shared bytes
         self.stats: list[tuple[str, ptxsim.Stats]] = []
         self.memory = Memory()
         self._failure: BaseException | None = None
@@ -98,6 +99,7 @@ class Library:
             )
             record(kernel, stats)
             self.stats.append((kernel, stats))
+            self.geometry[kernel] = (int(np.prod(tuple(block.contents))), shared)
             return 0
         except BaseException as error:
             self._failure = error
