@@ -3,8 +3,8 @@
 As FlashAttention 2: a program keeps a tile of packed query rows (attention_scores.py) and walks
 over blocks of keys with a running maximum and sum, in units of log2. Blocks that no row sees are
 left out; only those at a boundary (causal, a window, the last keys) are masked, the others run
-without a comparison. With few rows and many keys, programs share a sequence's keys: SPLIT keys each,
-whatever the batch is, and a second kernel adds up their parts in order. Bound by the tensor cores
+without a comparison. With few rows and many keys, programs share a sequence's keys: SPLIT keys
+each, whatever the batch is; a second kernel adds up their parts in order. Bound by the tensor cores
 at 4 T S D operations a head (2 T S D causal), in decoding by reading k and v once.
 
 Registers a thread, of 255: BLOCK_M * BLOCK_D / threads for the result, BLOCK_M * BLOCK_N / threads
@@ -12,7 +12,6 @@ for the scores and half of that for the weights in a half type, BLOCK_M * BLOCK_
 q. Shared memory: stages * BLOCK_N * (D + Dv) elements for k and v.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -102,13 +101,13 @@ def forward_kernel(
             start, stop = full_begin, full_end
         else:
             start, stop = full_end, end
-        MASKED: tl.constexpr = phase != 1
         if (phase == 2) or (extra.mask is None and (phase == 1 or extra.left is not None)):
             for block in tl.range(start, stop, BLOCK_N):
                 key = block + tl.arange(0, BLOCK_N)
                 at, exists = common.place_keys(k, batch, first_key, group, key, key < keys, shape)
-                CHECKED: tl.constexpr = MASKED or shape.page_table is not None
-                k_tile = common.load_keys(at, exists, WIDTH, BLOCK_D, CHECKED).to(COMPUTE)
+                k_tile = common.load_keys(
+                    at, exists, WIDTH, BLOCK_D, (phase != 1) or (shape.page_table is not None)
+                ).to(COMPUTE)
                 score = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
                 if extra.k_scale is not None:
                     at, _ = common.place_keys(
@@ -121,7 +120,7 @@ def forward_kernel(
                 )
                 if shape.page_table is not None:
                     score = tl.where(exists[None, :] | ~inside, score, float("nan"))
-                if MASKED:
+                if phase != 1:
                     seen = common.visible(
                         batch, head, query, key[None, :], low, high, inside, extra
                     )
@@ -143,9 +142,15 @@ def forward_kernel(
                     weight *= tl.load(at, exists, other=0.0).to(tl.float32)[None, :]
 
                 at, _ = common.place_keys(v, batch, first_key, group, key, exists, shape)
-                v_tile = common.load_keys(at, exists, VALUE_WIDTH, BLOCK_DV, CHECKED).to(COMPUTE)
+                v_tile = common.load_keys(
+                    at,
+                    exists,
+                    VALUE_WIDTH,
+                    BLOCK_DV,
+                    (phase != 1) or (shape.page_table is not None),
+                ).to(COMPUTE)
                 result *= shrink[:, None]
-                if MASKED and extra.v_scale is None:
+                if (phase != 1) and (extra.v_scale is None):
                     finite = common.is_finite(v_tile)
                     if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
                         result += poison(seen, v_tile.to(tl.float32))
@@ -166,13 +171,35 @@ def forward_kernel(
 
 
 @triton.jit
+def log_sum(peak, total):
+    """log(2^peak * total), rounded once: what it is off by, all weights of the backward pass are.
+
+    total = 2^e * m with m near 1, whose logarithm is a polynomial (Cephes, logf).
+    """
+    bits = total.to(tl.int32, bitcast=True)
+    e = (bits + 0x4AFB0D) >> 23  # 1.0 less sqrt(1/2), as bits: m is from there to sqrt(2)
+    e -= 127
+    x = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
+    p = tl.fma(tl.fma(x, 7.0376836292e-2, -1.1514610310e-1), x, 1.1676998740e-1)
+    p = tl.fma(tl.fma(p, x, -1.2420140846e-1), x, 1.4249322787e-1)
+    p = tl.fma(tl.fma(p, x, -1.6668057665e-1), x, 2.0000714765e-1)
+    p = tl.fma(tl.fma(p, x, -2.4999993993e-1), x, 3.3333331174e-1)
+    log = x + (p * x * (x * x) - 0.5 * (x * x))
+    whole = peak + e.to(tl.float32)
+    lost = e.to(tl.float32) - (whole - peak)
+    rest = tl.fma(lost, LN2, whole * -1.904654323148236e-09)  # log(2) less its float32
+    result = tl.fma(whole, LN2, log + rest)
+    return tl.where(total - total == 0.0, result, peak + total)
+
+
+@triton.jit
 def finish(y, lse, batch, first_row, head, query, result, peak, total, inside, stored, column):
     """Stores y and lse of rows with their sums; a row without keys is 0."""
     nothing = total == 0.0
     result = result / tl.where(nothing, 1.0, total)[:, None]
     at = batch * y.batch + head.to(tl.int64) * y.head + (first_row + query) * y.row
     tl.store(y.data + at + column, result.to(y.data.dtype.element_ty), stored)
-    value = tl.where(nothing, float("-inf"), (peak + tl.math.log2(total)) * LN2)
+    value = tl.where(nothing, float("-inf"), log_sum(peak, total))
     at = batch * lse.batch + head.to(tl.int64) * lse.head + (first_row + query) * lse.row
     tl.store(lse.data + at, value[:, None], inside[:, None])
 
@@ -234,6 +261,11 @@ def operand(x: torch.Tensor | None) -> Operand | None:
 def packed_operand(x: torch.Tensor | None) -> Operand | None:
     """(T, H, ...) of packed sequences as the kernels take it."""
     return None if x is None else Operand(x, 0, x.stride(1), x.stride(0))
+
+
+def statistic(x: torch.Tensor) -> Operand:
+    """(B, H, T), or (H, T) of packed sequences, as the kernels take it."""
+    return Operand(x, *x.stride()) if x.ndim == 3 else Operand(x, 0, *x.stride())
 
 
 def by_rows(x: torch.Tensor) -> torch.Tensor:
@@ -374,25 +406,42 @@ def run(
         )
 
 
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Any, options: Any) -> Any:
-    """y (B, H, T, Dv), and lse (B, H, T) with options.return_lse."""
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    extra: Any,
+    options: Any,
+    *,
+    keys: int | None = None,
+    place: dict[str, Any] | None = None,
+) -> Any:
+    """y (B, H, T, Dv), and lse (B, H, T) with options.return_lse.
+
+    For keys in pages `keys` is the most that a sequence may have, `place` Shape's fields of pages.
+    """
     batch, heads, rows, _ = q.shape
-    groups, keys = k.shape[1:3]
+    groups = k.shape[1]
+    keys = k.shape[2] if keys is None else keys
     y = q.new_empty(batch, rows, heads, v.shape[3]).transpose(1, 2)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if lse.numel():
         q, k, v = by_rows(q), by_rows(k), by_rows(v)
-        compute = factors(q, k)
-        share = heads // groups
-        negate, scale = options.scale < 0, abs(options.scale)
+        compute, share = factors(q, k), heads // groups
         tiles = forward_tiles(q, v.shape[3], rows * share, compute)
-        shape = Shape(rows, keys, batch, groups, triton.cdiv(rows * share, tiles["BLOCK_M"]))
+        count = triton.cdiv(rows * share, tiles["BLOCK_M"])
         run(
             (operand(q), operand(k), operand(v)),
-            shape,
-            extra_of(q, keys, extra, options, scale),
+            Shape(rows, keys, batch, groups, count, **(place or {})),
+            extra_of(q, keys, extra, options, abs(options.scale)),
             (y, operand(y), operand(lse)),
-            {**constants(q, k, compute), **widths(q, v), **tiles, "BATCHES": 1, "NEGATE": negate},
+            {
+                **constants(q, k, compute),
+                **widths(q, v),
+                **tiles,
+                "BATCHES": 1,
+                "NEGATE": options.scale < 0,
+            },
         )
     return (y, lse) if options.return_lse else y
 

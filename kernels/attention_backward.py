@@ -23,12 +23,12 @@ from .attention import (
     by_rows,
     constants,
     extra_of,
-    factors,
     operand,
+    statistic,
     widths,
 )
 from .attention_scores import Extra, Operand, Shape
-from .launch import launch, target
+from .launch import factors, launch, target
 
 
 @triton.jit
@@ -65,8 +65,10 @@ def delta_kernel(
 
 @triton.jit
 def load_statistics(lse, delta, batch, first_row, group, row, limit, SHARE: tl.constexpr):
-    """lse in units of log2, in two parts that keep its bits, and delta; of rows that there are.
+    """lse in units of log2 in parts, high + low + log2(1 / power), and delta; of existing rows.
 
+    In float32 a weight 2^(s - lse) would lose the bits that a difference of large numbers has not:
+    so lse's whole part, where it is moderate, becomes a power of 2 to multiply by.
     A row that attends to nothing, or is none, counts as having an infinite sum: its weights are 0.
     """
     inside = row < limit
@@ -79,8 +81,10 @@ def load_statistics(lse, delta, batch, first_row, group, row, limit, SHARE: tl.c
     # What the product lost, and what float32 lacks of log2(e).
     low = tl.fma(value, 1.4426950408889634, -high) + value * 1.925963033500996e-08
     low = tl.where(value == float("inf"), 0.0, low)
+    whole = tl.where(tl.abs(high) < 64.0, tl.floor(high), 0.0)
     at = batch * delta.batch + head * delta.head + query * delta.row
-    return high, low, tl.load(delta.data + at, inside, other=0.0)
+    power = tl.math.exp2(-whole)
+    return high - whole, low, power, tl.load(delta.data + at, inside, other=0.0)
 
 
 @triton.jit
@@ -89,6 +93,7 @@ def weights_and_slopes(
     dproduct,
     high_part,
     low_part,
+    power,
     delta,
     batch,
     head,
@@ -110,7 +115,7 @@ def weights_and_slopes(
     """
     inside = (query < rows) & (key < keys)
     score, slope = common.scores(product, batch, head, query, key, offset, inside, extra)
-    weight = tl.math.exp2(tl.fma(score, extra.factor, -high_part) - low_part)
+    weight = tl.math.exp2(tl.fma(score, extra.factor, -high_part) - low_part) * power
     if MASKED:
         seen = common.visible(batch, head, query, key, low, high, inside, extra)
         weight = tl.where(seen, weight, 0.0)
@@ -176,19 +181,27 @@ def key_kernel(
             start, stop = full_begin, full_end
         else:
             start, stop = full_end, end
-        MASKED: tl.constexpr = phase != 1
         if (phase == 2) or (extra.mask is None and (phase == 1 or extra.right is not None)):
             for block in tl.range(start, stop, BLOCK_M):
                 row = block + tl.arange(0, BLOCK_M)
                 query = (row // SHARE)[None, :]
                 head = (group * SHARE + row % SHARE)[None, :]
                 q_tile = common.load_rows(
-                    q, batch, first_row, group, row, limit, SHARE, WIDTH, BLOCK_D, MASKED
+                    q, batch, first_row, group, row, limit, SHARE, WIDTH, BLOCK_D, phase != 1
                 ).to(COMPUTE)
                 dy_tile = common.load_rows(
-                    dy, batch, first_row, group, row, limit, SHARE, VALUE_WIDTH, BLOCK_DV, MASKED
+                    dy,
+                    batch,
+                    first_row,
+                    group,
+                    row,
+                    limit,
+                    SHARE,
+                    VALUE_WIDTH,
+                    BLOCK_DV,
+                    phase != 1,
                 ).to(COMPUTE)
-                high_part, low_part, row_delta = load_statistics(
+                high_part, low_part, power, row_delta = load_statistics(
                     lse, delta, batch, first_row, group, row, limit, SHARE
                 )
                 weight, gradient = weights_and_slopes(
@@ -196,6 +209,7 @@ def key_kernel(
                     tl.dot(v_tile, tl.trans(dy_tile), input_precision=PRECISION),
                     high_part[None, :],
                     low_part[None, :],
+                    power[None, :],
                     row_delta[None, :],
                     batch,
                     head,
@@ -209,10 +223,10 @@ def key_kernel(
                     shape,
                     extra,
                     SHARE,
-                    MASKED,
+                    phase != 1,
                 )
                 dv_tile = tl.dot(weight.to(COMPUTE), dy_tile, dv_tile, input_precision=PRECISION)
-                if MASKED:
+                if phase != 1:
                     q_tile = tl.where(common.is_finite(q_tile), q_tile, 0.0)
                 dk_tile = tl.dot(gradient.to(COMPUTE), q_tile, dk_tile, input_precision=PRECISION)
 
@@ -231,9 +245,9 @@ def key_kernel(
 @triton.jit
 def capacity(keys, shape):
     """Rows of dk and dv: those past kv_lengths are zeros, those of packed sequences the next's."""
-    if shape.ends_k is not None:
-        return keys
-    return keys * 0 + shape.keys
+    if shape.ends_k is None:
+        keys = keys * 0 + shape.keys
+    return keys
 
 
 @triton.jit
@@ -275,7 +289,7 @@ def query_kernel(
     dy_tile = common.load_rows(
         dy, batch, first_row, group, row, limit, SHARE, VALUE_WIDTH, BLOCK_DV, True
     ).to(COMPUTE)
-    high_part, low_part, row_delta = load_statistics(
+    high_part, low_part, power, row_delta = load_statistics(
         lse, delta, batch, first_row, group, row, limit, SHARE
     )
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -287,21 +301,21 @@ def query_kernel(
             start, stop = full_begin, full_end
         else:
             start, stop = full_end, end
-        MASKED: tl.constexpr = phase != 1
         if (phase == 2) or (extra.mask is None and (phase == 1 or extra.left is not None)):
             for block in tl.range(start, stop, BLOCK_N):
                 key_row = block + tl.arange(0, BLOCK_N)
                 k_tile = common.load_rows(
-                    k, batch, first_key, group, key_row, keys, 1, WIDTH, BLOCK_D, MASKED
+                    k, batch, first_key, group, key_row, keys, 1, WIDTH, BLOCK_D, phase != 1
                 ).to(COMPUTE)
                 v_tile = common.load_rows(
-                    v, batch, first_key, group, key_row, keys, 1, VALUE_WIDTH, BLOCK_DV, MASKED
+                    v, batch, first_key, group, key_row, keys, 1, VALUE_WIDTH, BLOCK_DV, phase != 1
                 ).to(COMPUTE)
                 _, gradient = weights_and_slopes(
                     tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION),
                     tl.dot(dy_tile, tl.trans(v_tile), input_precision=PRECISION),
                     high_part[:, None],
                     low_part[:, None],
+                    power[:, None],
                     row_delta[:, None],
                     batch,
                     head,
@@ -315,9 +329,9 @@ def query_kernel(
                     shape,
                     extra,
                     SHARE,
-                    MASKED,
+                    phase != 1,
                 )
-                if MASKED:
+                if phase != 1:
                     k_tile = tl.where(common.is_finite(k_tile), k_tile, 0.0)
                 dq_tile = tl.dot(gradient.to(COMPUTE), k_tile, dq_tile, input_precision=PRECISION)
 
@@ -373,11 +387,6 @@ def delta_of(
         num_warps=4,
     )
     return delta
-
-
-def statistic(x: torch.Tensor) -> Operand:
-    """(B, H, T), or (H, T) of packed sequences, as the kernels take it."""
-    return Operand(x, *x.stride()) if x.ndim == 3 else Operand(x, 0, *x.stride())
 
 
 def run(

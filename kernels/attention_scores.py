@@ -14,7 +14,7 @@ import triton.language as tl
 
 
 class Operand(NamedTuple):
-    """A tensor (B, H, T, width), packed sequences (T, H, width) or pages, by strides; D contiguous."""
+    """A tensor (B, H, T, D), packed sequences (T, H, D) or pages, by strides; D is contiguous."""
 
     data: Any
     batch: int
@@ -89,12 +89,16 @@ def place(shape, BATCHES: tl.constexpr):
     index = tl.program_id(0) % shape.tiles
     head = tl.program_id(0) // shape.tiles
     if shape.tile_ends is None:
-        return (head // shape.groups).to(tl.int64), head % shape.groups, shape.tiles - 1 - index
-    every = tl.arange(0, BATCHES)
-    ends = tl.load(shape.tile_ends + every, every < shape.batches, other=2147483647)
-    batch = tl.sum((ends <= index).to(tl.int32), 0)
-    first = tl.max(tl.where(ends <= index, ends, 0), 0)
-    return batch.to(tl.int64), head, (index - first).to(tl.int32)
+        batch = head // shape.groups
+        group = head % shape.groups
+        tile = shape.tiles - 1 - index
+    else:
+        every = tl.arange(0, BATCHES)
+        ends = tl.load(shape.tile_ends + every, every < shape.batches, other=2147483647)
+        batch = tl.sum((ends <= index).to(tl.int32), 0)
+        group = head
+        tile = (index - tl.max(tl.where(ends <= index, ends, 0), 0)).to(tl.int32)
+    return batch.to(tl.int64), group, tile
 
 
 @triton.jit
@@ -192,6 +196,22 @@ def rows_of_keys(first, last, low, high, rows, extra, SHARE: tl.constexpr, BLOCK
 
 
 @triton.jit
+def load_tile(pointers, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECKED: tl.constexpr):
+    """A tile of rows of WIDTH; zeros behind, and (CHECKED) where a row is not inside."""
+    column = tl.arange(0, BLOCK)[None, :]
+    if CHECKED:
+        inside = inside[:, None]
+        if WIDTH != BLOCK:
+            inside = inside & (column < WIDTH)
+        tile = tl.load(pointers, inside, other=0)
+    elif WIDTH != BLOCK:
+        tile = tl.load(pointers, column < WIDTH, other=0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
 def load_rows(
     operand,
     batch,
@@ -210,14 +230,7 @@ def load_rows(
     start += (group * SHARE).to(tl.int64) * operand.head
     at = (row // SHARE).to(tl.int64) * operand.row + (row % SHARE) * operand.head
     pointers = start + at[:, None] + column
-    if CHECKED:
-        inside = row[:, None] < limit
-        if WIDTH != BLOCK:
-            inside = inside & (column < WIDTH)
-        return tl.load(pointers, inside, other=0.0)
-    if WIDTH != BLOCK:
-        return tl.load(pointers, column < WIDTH, other=0.0)
-    return tl.load(pointers)
+    return load_tile(pointers, row < limit, WIDTH, BLOCK, CHECKED)
 
 
 @triton.jit
@@ -229,27 +242,23 @@ def place_keys(operand, batch, first_key, group, key, inside, shape):
     start = operand.data + group.to(tl.int64) * operand.head
     if shape.page_table is None:
         start += batch * operand.batch + first_key * operand.row
-        return start + key.to(tl.int64) * operand.row, inside
-    entry = shape.page_table + batch * shape.table_stride + key // shape.page_length
-    page = tl.load(entry, inside, other=0).to(tl.int64)
-    exists = inside & (page >= 0) & (page < shape.pages)
-    place_in_page = (key % shape.page_length).to(tl.int64) * operand.row
-    return start + page * operand.batch + place_in_page, exists
+        pointers = start + key.to(tl.int64) * operand.row
+        exists = inside
+    else:
+        entry = shape.page_table + batch * shape.table_stride + key // shape.page_length
+        page = tl.load(entry, inside, other=0).to(tl.int64)
+        exists = inside & (page >= 0) & (page < shape.pages)
+        place_in_page = (key % shape.page_length).to(tl.int64) * operand.row
+        pointers = start + page * operand.batch + place_in_page
+    return pointers, exists
 
 
 @triton.jit
 def load_keys(pointers, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECKED: tl.constexpr):
     """A tile (keys, BLOCK) from each key's start; zeros where it is not inside."""
-    column = tl.arange(0, BLOCK)[None, :]
-    pointers = pointers[:, None] + column
-    if CHECKED:
-        inside = inside[:, None]
-        if WIDTH != BLOCK:
-            inside = inside & (column < WIDTH)
-        return tl.load(pointers, inside, other=0)
-    if WIDTH != BLOCK:
-        return tl.load(pointers, column < WIDTH, other=0)
-    return tl.load(pointers)
+    return load_tile(
+        pointers[:, None] + tl.arange(0, BLOCK)[None, :], inside, WIDTH, BLOCK, CHECKED
+    )
 
 
 @triton.jit
@@ -280,19 +289,17 @@ def scores(product, batch, head, query, key, offset, inside, extra):
         t = tanh(product * (extra.scale / extra.softcap))
         slope = 1.0 - t * t
         product = t * extra.softcap
-    elif extra.slopes is not None:
+    elif extra.slopes is not None or (
+        extra.mask is not None and extra.mask.dtype.element_ty.is_floating()
+    ):
         product *= extra.scale
-    elif extra.mask is not None:
-        if extra.mask.dtype.element_ty.is_floating():
-            product *= extra.scale
     if extra.slopes is not None:
         at = extra.slopes + batch * extra.slopes_batch + head * extra.slopes_head
         distance = tl.abs(near(offset) + query - key).to(tl.float32)
         product -= tl.load(at).to(tl.float32) * distance
-    if extra.mask is not None:
-        if extra.mask.dtype.element_ty.is_floating():
-            added = tl.load(mask_at(batch, head, query, key, extra), inside, other=0.0)
-            product += added.to(tl.float32)
+    if extra.mask is not None and extra.mask.dtype.element_ty.is_floating():
+        added = tl.load(mask_at(batch, head, query, key, extra), inside, other=0.0)
+        product += added.to(tl.float32)
     return product, slope
 
 
@@ -304,9 +311,8 @@ def visible(batch, head, query, key, low, high, inside, extra):
         seen = seen & (key - query >= low)
     if extra.right is not None:
         seen = seen & (key - query <= high)
-    if extra.mask is not None:
-        if not extra.mask.dtype.element_ty.is_floating():
-            seen = seen & (tl.load(mask_at(batch, head, query, key, extra), inside, other=0) != 0)
+    if extra.mask is not None and not extra.mask.dtype.element_ty.is_floating():
+        seen = seen & (tl.load(mask_at(batch, head, query, key, extra), inside, other=0) != 0)
     return seen
 
 

@@ -49,7 +49,7 @@ class Launch:
 
 @dataclass
 class SimulatedGPU:
-    """Triton's active driver: says what it is, and hands each launch to `execute` (None: to nobody)."""
+    """Triton's active driver: says what it is, and hands each launch to `execute`, if given."""
 
     name: str = "sm_80"
     execute: Callable[[Any, tuple[int, int, int], tuple[Any, ...]], Any] | None = None
@@ -74,13 +74,12 @@ class SimulatedGPU:
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         """What runs a compiled kernel: (grid, ..., arguments of the function, constexprs too)."""
-        given = [kind != "constexpr" for kind in source.signature.values()]
+        kinds = tuple(source.signature.values())
         function = source.fn.fn
         kernel = f"{function.__module__.rsplit('.', 1)[-1]}.{function.__name__}"
 
         def run(*call: Any) -> None:
-            grid, arguments = call[:3], call[-len(given) :]
-            arguments = tuple(a for a, kept in zip(arguments, given, strict=True) if kept)
+            grid, arguments = call[:3], tuple(passed(kinds, call[-len(kinds) :]))
             launch = Launch(kernel, self.compiled(source, metadata), grid, arguments)
             self.launches.append(launch)
             if self.execute is not None:
@@ -92,6 +91,15 @@ class SimulatedGPU:
         """The compiled kernel that a launcher is for: the one in the function's own cache."""
         caches = source.fn.device_caches[self.name][0].values()
         return next(kernel for kernel in caches if kernel.metadata == metadata)
+
+
+def passed(kinds: tuple[Any, ...], arguments: tuple[Any, ...]) -> Iterator[Any]:
+    """The arguments that a compiled kernel takes: not the constexprs, tuples one by one."""
+    for kind, argument in zip(kinds, arguments, strict=True):
+        if isinstance(kind, tuple):
+            yield from passed(kind, argument)
+        elif kind != "constexpr":
+            yield argument
 
 
 @contextlib.contextmanager
