@@ -16,6 +16,7 @@ from . import (
     bench_accelerate,
     bench_generate,
     bench_step,
+    gpu,
     machine,
     overhead,
     plot,
@@ -74,7 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape",
         choices=bench_generate.SHAPES,
         default=bench_generate.SMOLLM2,
-        help=f"of {GENERATE}: SmolLM2-135M, or a random Llama of half a billion weights",
+        help="of generate: SmolLM2-135M, or a random Llama of half a billion weights",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: our CUDA and Triton kernels and torch's on a GPU (default: cpu)",
     )
     parser.add_argument("--quick", action="store_true", help="few shapes, about two minutes")
     parser.add_argument(
@@ -107,6 +114,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, writes; 1 when a kernel of ours fails the yardstick, 2 for a wrong name."""
     known = (OPS, *benches(), *EXTRAS)
+    if args.device == "cuda":
+        return gpu.run(args)
     if len(args.ops) == 1 and args.ops[0] in WHOLE:
         print_machine(machine.describe())
         return WHOLE[args.ops[0]].run(args, (args.threads or (machine.cores(),))[0])

@@ -164,6 +164,34 @@ def triton_candidate(
     )
 
 
+def cuda_candidate(
+    name: str, refuses: Callable[..., list[str]], *, backward: bool = True, into: bool = True
+) -> Candidate:
+    """The raw ops of `name` on a GPU: csrc/cuda/<name>.cu. `refuses` need not look at devices."""
+
+    def refuses_device(*args: Any) -> list[str]:
+        kinds = {t.device.type for t in tensors_in(args)} - {"cuda"}
+        return [f"a tensor on {k}: these kernels run on CUDA" for k in kinds] + refuses(*args)
+
+    return Candidate(
+        "cuda",
+        forward=native.bind(f"{name}_forward", native.BEST_LEVEL),
+        backward=native.bind(f"{name}_backward", native.BEST_LEVEL) if backward else None,
+        into=native.bind(f"{name}_forward_out", native.BEST_LEVEL) if into else None,
+        machine=device.cuda_kernels_reason(),
+        refuses=refuses_device,
+    )
+
+
+def tensors_in(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
+    """The tensors among an op's arguments, those inside of a tuple too."""
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            yield a
+        elif isinstance(a, tuple):
+            yield from tensors_in(a)
+
+
 class Op:
     """An op: its name, definition, argument check, samples to hold it to, and what can run it.
 

@@ -102,7 +102,8 @@ def test_layout_contract(op: str) -> None:
 def test_layout_no_stray_kernels() -> None:
     """A kernel file that no op owns is dead, or misnamed."""
     known = set(REGISTRY)
-    for folder, pattern in (("kernels", "*.py"), ("csrc/register", "*.cpp")):
+    places = (("kernels", "*.py"), ("csrc/register", "*.cpp"), ("csrc/cuda", "*.cu"))
+    for folder, pattern in places:
         for path in (ROOT / folder).glob(pattern):
             shared = path.stem in SHARED
             assert shared or path.stem in known, f"{path.name} belongs to no op"
@@ -141,7 +142,8 @@ def test_layout_arrows(path: Path) -> None:
 def test_layout_kernels_know_nothing_above() -> None:
     for path in (ROOT / "kernels").glob("*.py"):
         assert not list(imports_of(path)), path.name
-    for path in [*(ROOT / "csrc/cpu").iterdir(), *(ROOT / "csrc").glob("[lo]*")]:
+    native = [*(ROOT / "csrc/cpu").iterdir(), *(ROOT / "csrc/cuda").iterdir()]
+    for path in [*native, *(ROOT / "csrc").glob("[lo]*")]:
         assert not re.search(r"#include <(torch|pybind11|Python)", path.read_text()), path.name
 
 

@@ -430,9 +430,12 @@ OP = Op(
     reference,
     check,
     samples,
-    (triton_candidate("attention", refuses_triton, into=False), *attention_native.candidates()),
+    (
+        attention_native.cuda(),
+        triton_candidate("attention", refuses_triton, into=False),
+        *attention_native.candidates(),
+    ),
     arguments=arguments,
-    cuda="no CUDA kernel yet",
 )
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates, triton_candidate
+from llmcore.dispatch import Candidate, Op, cuda_candidate, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -114,10 +114,22 @@ def _(
 
 
 def refuses(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> list[str]:
-    reasons = native.refuses_tensors(x, cos, sin)
+    return native.refuses_tensors(x, cos, sin) + refuses_angles(x, cos, sin, interleaved)
+
+
+def refuses_cuda(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> list[str]:
+    return native.refuses_kinds(x, cos, sin) + refuses_angles(x, cos, sin, interleaved)
+
+
+def refuses_angles(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> list[str]:
+    reasons = refuses_gradient(x, cos, sin, interleaved)
     if cos.dtype != sin.dtype:
         reasons.append(f"cos in {cos.dtype}, sin in {sin.dtype}: these kernels take one dtype")
-    return reasons + refuses_gradient(x, cos, sin, interleaved)
+    return reasons
 
 
 def refuses_gradient(
@@ -134,9 +146,12 @@ OP = Op(
     reference,
     check,
     samples,
-    (triton_candidate("rope", refuses_gradient), *native_candidates("rope", refuses)),
+    (
+        cuda_candidate("rope", refuses_cuda),
+        triton_candidate("rope", refuses_gradient),
+        *native_candidates("rope", refuses),
+    ),
     arguments=arguments,
-    cuda="no CUDA kernel: one elementwise pass is Triton's to fuse",
 )
 
 
