@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape",
         choices=bench_generate.SHAPES,
         default=bench_generate.SMOLLM2,
-        help=f"of {GENERATE}: SmolLM2-135M, or a random Llama of half a billion weights",
+        help="of generate: SmolLM2-135M, or a random Llama of half a billion weights",
     )
     parser.add_argument("--quick", action="store_true", help="few shapes, about two minutes")
     parser.add_argument(
