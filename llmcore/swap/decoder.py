@@ -163,8 +163,8 @@ def shared_decoder(config: TransformerConfig, parts: Parts) -> Decoder:
     with torch.device("meta"):
         decoder = Decoder(config)
     decoder.embedding.weight = parts.embedding.weight  # type: ignore[assignment]
-    decoder.norm.weight = parts.norm.weight  # type: ignore[assignment]
-    assert decoder.head is not None
+    assert decoder.norm is not None and decoder.head is not None
+    decoder.norm.weight = parts.norm.weight
     share(decoder.head, (parts.head,))
     for block, layer in zip(decoder.blocks, parts.layers, strict=True):
         assert isinstance(block, Block)
