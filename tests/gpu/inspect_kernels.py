@@ -132,7 +132,7 @@ class Facts:
     def shared(self) -> int:
         """Bytes that a block asks for; from sm_90 on the tools count the reserved ones too."""
         reserved = machine_code.RESERVED if self.target >= 90 else 0
-        return self.resources.shared - reserved + self.traffic.dynamic_shared
+        return max(self.resources.shared - reserved, 0) + self.traffic.dynamic_shared
 
     @property
     def occupancy(self) -> int:
