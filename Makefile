@@ -10,7 +10,7 @@ export LLMCORE_WERROR = 1
 ifneq ($(shell command -v '$(firstword $(CXX))' 2>/dev/null),)
 export LLMCORE_REQUIRE_NATIVE ?= 1
 endif
-SOURCES = $(shell find csrc kernels llmcore -name '*.cpp' -o -name '*.h' -o -name '*.py')
+SOURCES = $(shell find csrc kernels llmcore -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name '*.py')
 PACKAGING = pyproject.toml setup.py Makefile scripts/install_torch.py
 
 .PHONY: demo test test-all bench model check format build clean

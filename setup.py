@@ -7,6 +7,7 @@ definitions run and `llmcore.backends()` says so. With LLMCORE_REQUIRE_NATIVE=1 
 import collections
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -70,6 +71,16 @@ def cuda_reason(torch_has_cuda: bool) -> str:
     if shutil.which("nvcc") is None:
         return "not built: there was no nvcc at the installation"
     return ""
+
+
+def cuda_toolkit() -> Path:
+    """The folder of nvcc's toolkit, as it says itself: what is on PATH may be a script."""
+    command = ["nvcc", "--dryrun", "-x", "cu", os.devnull]
+    told = subprocess.run(command, capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
+    if top is None:
+        raise NativeBuildError("nvcc does not say where its toolkit is (nvcc --dryrun has no TOP)")
+    return Path(top.group(1).strip()).resolve()
 
 
 def kernel_sources() -> list[Path]:
@@ -151,7 +162,7 @@ class NinjaBuild(build_ext):
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
         if not without_cuda:
             binding += ["-DLLMCORE_CUDA", "-DUSE_CUDA"]
-            toolkit = Path(shutil.which("nvcc") or "").resolve().parents[1]
+            toolkit = cuda_toolkit()
             # The runtime is linked in: the driver is what must fit, not torch's own runtime.
             libraries += ["-ltorch_cuda", f"-L{toolkit / 'lib64'}", "-lcudart_static"]
             libraries += ["-ldl", "-lrt", "-lpthread"]

@@ -19,7 +19,11 @@ BODIES = {"attention_varlen": "attention", "paged_attention": "attention"}
 
 SHARED = (
     *("runtime", "roofline"),
-    *("linear_quantized", "store_rows"),  # linear with weights of another kind; filling caches
+    *(
+        "linear_quantized",
+        "store_rows",
+        "cuda",
+    ),  # linear with weights of another kind; filling caches
     *(
         "launch",
         "row_norm",

@@ -129,11 +129,16 @@ class Facts:
         return simulated.plain_name(self.kernel).removesuffix("_kernel") + width
 
     @property
+    def shared(self) -> int:
+        """Bytes that a block asks for; from sm_90 on the tools count the reserved ones too."""
+        reserved = machine_code.RESERVED if self.target >= 90 else 0
+        return max(self.resources.shared - reserved, 0) + self.traffic.dynamic_shared
+
+    @property
     def occupancy(self) -> int:
         machine = A100 if self.target < 90 else H100
-        shared = self.resources.shared + self.traffic.dynamic_shared
         return machine_code.occupancy(
-            self.resources.registers, shared, self.traffic.threads, machine
+            self.resources.registers, self.shared, self.traffic.threads, machine
         )
 
     def __str__(self) -> str:
@@ -142,10 +147,10 @@ class Facts:
         tensor = count(ops, *machine_code.TENSOR)
         always = Issue.of(self.loop.always)
         bound = f", bound by {always.bound()}" if tensor else ""
-        shared = self.resources.shared + self.traffic.dynamic_shared
         return (
             f"{self.name:<38} sm_{self.target:<4}{self.resources.registers:>4} registers"
-            f"{self.resources.local:>4} local{shared:>7} shared  {self.occupancy:>2}/64 warps  "
+            f"{self.resources.local:>4} local{self.shared:>7} shared  "
+            f"{self.occupancy:>2}/64 warps  "
             f"loop {total:>4}: {tensor} tensor, {count(ops, 'LDSM')} ldmatrix, "
             f"{count(ops, 'LDG', 'STG', 'LDGSTS')} global "
             f"({machine_code.narrow_accesses(ops)} below 128 bits), "

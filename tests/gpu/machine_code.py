@@ -212,7 +212,8 @@ def bits_moved(opcodes: Counter[str]) -> int:
 
 def bits_of(opcode: str) -> int:
     """The width of an access: 32 where its modifiers don't say more."""
-    return next((int(m) for m in opcode.split(".") if m in ("64", "128", "256")), 32)
+    widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+    return next((widths[m] for m in opcode.split(".") if m in widths), 32)
 
 
 def narrow_accesses(opcodes: Counter[str], bits: int = 128) -> int:

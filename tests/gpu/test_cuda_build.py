@@ -42,6 +42,7 @@ def test_cuda_build_file(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> 
     """With CUDA every .cu is compiled for every target and linked; without, none."""
     pytest.importorskip("pybind11")
     monkeypatch.setattr(setup.shutil, "which", lambda name: f"/usr/local/cuda/bin/{name}")
+    monkeypatch.setattr(setup, "cuda_toolkit", lambda: Path("/usr/local/cuda"))
     build = setup.NinjaBuild.__new__(setup.NinjaBuild)
     folder = Path(torch.__file__).parent
     with_cuda = build.ninja_file(Path("out.so"), folder, "")

@@ -25,9 +25,16 @@ from llmcore.verify import judge, verify_backend
 pytestmark = pytest.mark.skipif(bool(nvcc.why_not()), reason=nvcc.why_not())
 
 
+OFTEN = ("rms_norm", "add_layer_norm", "softmax", "cross_entropy", "rope", "swiglu", "attention")
+"""Ops of the default run: layer_norm and add_rms_norm are the same body, with one switch of two."""
+
+
 @cache
-def library() -> Library:
-    return Library(nvcc.names())
+def library(often: bool) -> Library:
+    """The launchers of the ops of the default run, or of the others: compiled together."""
+    names = [name for name in simulated_ops.BINDINGS if (name in OFTEN) == often]
+    sources = [simulated_ops.BINDINGS[name].sources or (name,) for name in names]
+    return Library(sum(sources, ()))
 
 
 def options(**given: Any) -> dict[str, Any]:
@@ -73,10 +80,18 @@ def test_cuda_kernels_attention_every_option(dtype: str, record_property) -> Non
     hold("attention", dtype, attention_samples(), record_property)
 
 
+ROW_WISE = [name for name in simulated_ops.BINDINGS if name != "attention"]
+DTYPES = ("bfloat16", "float32", "float16")
+
+
 @pytest.mark.parametrize(
-    "dtype", ["bfloat16", pytest.param("float32", marks=SLOW), pytest.param("float16", marks=SLOW)]
+    ("name", "dtype"),
+    [
+        pytest.param(n, d, marks=() if n in OFTEN and d == "bfloat16" else SLOW)
+        for n in ROW_WISE
+        for d in DTYPES
+    ],
 )
-@pytest.mark.parametrize("name", [name for name in simulated_ops.BINDINGS if name != "attention"])
 def test_cuda_kernels_samples(name: str, dtype: str, record_property) -> None:
     """The contract's own samples: results and gradients within the yardstick."""
     hold(name, dtype, list(REGISTRY[name].samples(Draw(0))), record_property)
@@ -94,7 +109,7 @@ def hold(name: str, dtype: str, samples: list[Sample], record_property: Any) -> 
     """Results and gradients of the op's CUDA kernels within the yardstick, on all these."""
     op = REGISTRY[name]
     before = instructions.copy()
-    with simulated_ops.installed(library(), name):
+    with simulated_ops.installed(library(name in OFTEN), name):
         line = verify_backend(op, "cuda", getattr(torch, dtype), samples)
     record_property("simulated", f"{name}/cuda/{line.samples}")
     for kernel, count in (instructions - before).items():
@@ -149,10 +164,12 @@ FAULTS = {
     ),
 }
 
+QUICK_FAULTS = ("missing_barrier", "row_bound_off_by_one")
+
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=SLOW if f.op == "attention" else ()) for n, f in FAULTS.items()],
+    [pytest.param(n, marks=() if n in QUICK_FAULTS else SLOW) for n in FAULTS],
 )
 def test_cuda_kernels_planted_fault(name: str, record_property) -> None:
     """Each is found, in a kernel whose source was edited before it was compiled."""

@@ -43,7 +43,7 @@ def hold(found: dict[str, Any], record_property: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_triton_kernels_small(name: str, record_property: Any) -> None:
-    hold(simulate("--largest", "6000", "--count", "3")[name], record_property)
+    hold(simulate("--largest", "3000", "--count", "2")[name], record_property)
 
 
 @pytest.mark.slow
