@@ -164,7 +164,7 @@ def shared_decoder(config: TransformerConfig, parts: Parts) -> Decoder:
         decoder = Decoder(config)
     decoder.embedding.weight = parts.embedding.weight  # type: ignore[assignment]
     assert decoder.norm is not None and decoder.head is not None
-    decoder.norm.weight = parts.norm.weight
+    decoder.norm.weight = parts.norm.weight  # type: ignore[assignment]
     share(decoder.head, (parts.head,))
     for block, layer in zip(decoder.blocks, parts.layers, strict=True):
         assert isinstance(block, Block)
