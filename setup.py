@@ -48,6 +48,30 @@ KERNEL = [
 ]
 
 
+# Machine code for A100, H100 and B200, and PTX for what comes after them.
+CUDA_TARGETS = ("80", "90", "100")
+NVCC = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+if os.environ.get("LLMCORE_WERROR") == "1":
+    NVCC += ["-Werror", "all-warnings"]
+
+
+def nvcc_flags() -> list[str]:
+    targets = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS]
+    newest = CUDA_TARGETS[-1]
+    return [*NVCC, *targets, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def cuda_reason(torch_has_cuda: bool) -> str:
+    """Why the CUDA kernels are not built ("": they are). LLMCORE_CUDA=0 leaves them out."""
+    if os.environ.get("LLMCORE_CUDA") == "0":
+        return "not built: LLMCORE_CUDA=0 left the CUDA kernels out"
+    if not torch_has_cuda:
+        return "not built: torch was a CPU build at the installation"
+    if shutil.which("nvcc") is None:
+        return "not built: there was no nvcc at the installation"
+    return ""
+
+
 def kernel_sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
 
@@ -104,7 +128,9 @@ class NinjaBuild(build_ext):
             folder.mkdir(parents=True, exist_ok=True)
             target.parent.mkdir(parents=True, exist_ok=True)
             torch_folder = Path(torch.__file__).parent
-            (folder / "build.ninja").write_text(self.ninja_file(target, torch_folder))
+            reason = cuda_reason(torch.backends.cuda.is_built())
+            print(f"CUDA kernels: {reason or 'built for sm_' + ', '.join(CUDA_TARGETS)}")
+            (folder / "build.ninja").write_text(self.ninja_file(target, torch_folder, reason))
             command = [*ninja_command(), "-C", str(folder), "-j", jobs]
             status, output = run_and_show(command)
         except (ImportError, OSError) as error:
@@ -112,7 +138,7 @@ class NinjaBuild(build_ext):
         if status != 0:
             raise NativeBuildError(f"the build failed; its last lines:\n{output}")
 
-    def ninja_file(self, target: Path, torch_folder: Path) -> str:
+    def ninja_file(self, target: Path, torch_folder: Path, without_cuda: str) -> str:
         import pybind11
 
         # Plain include paths for ours, -isystem for theirs: warnings are errors in csrc only.
@@ -123,12 +149,23 @@ class NinjaBuild(build_ext):
             *("-isystem", sysconfig.get_paths()["include"]),
         ]
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+        if not without_cuda:
+            binding += ["-DLLMCORE_CUDA", "-DUSE_CUDA"]
+            toolkit = Path(shutil.which("nvcc") or "").resolve().parents[1]
+            # The runtime is linked in: the driver is what must fit, not torch's own runtime.
+            libraries += ["-ltorch_cuda", f"-L{toolkit / 'lib64'}", "-lcudart_static"]
+            libraries += ["-ldl", "-lrt", "-lpthread"]
+        reason = [f'-DLLMCORE_CUDA_REASON="{without_cuda}"']
         if sys.platform == "darwin":  # its linker wants to be told that Python comes later
             libraries += ["-undefined", "dynamic_lookup"]
         lines = [
             f"cxx = {words(*compiler())}",
             "rule compile",
             "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  description = $out",
+            "rule nvcc",
+            f"  command = nvcc -MD -MF $out.d {words(*nvcc_flags())} -c $in -o $out",
             "  depfile = $out.d",
             "  description = $out",
             "rule link",
@@ -144,14 +181,17 @@ class NinjaBuild(build_ext):
 
         csrc = ROOT / "csrc"
         compile_to("levels", csrc / "levels.cpp", [])
-        for name in ("module", "decoder_plan"):
-            compile_to(name, csrc / f"{name}.cpp", binding)
+        compile_to("module", csrc / "module.cpp", [*binding, *reason])
+        compile_to("decoder_plan", csrc / "decoder_plan.cpp", binding)
         for source in sorted((csrc / "register").glob("*.cpp")):
             compile_to(f"register_{source.stem}", source, binding)
         for level, flags in LEVELS.items():
             for source in kernel_sources():
                 defines = [f"-DLLMCORE_LEVEL={level}"]
                 compile_to(f"{level}_{source.stem}", source, [*KERNEL, *flags, *defines])
+        for source in [] if without_cuda else sorted((csrc / "cuda").glob("*.cu")):
+            lines.append(f"build cuda_{source.stem}.o: nvcc {ninja_path(source)}")
+            objects.append(f"cuda_{source.stem}.o")
         lines.append(f"build {ninja_path(target)}: link {' '.join(objects)}")
         return "\n".join(lines) + "\n"
 

@@ -12,7 +12,18 @@ import torch
 
 from llmcore import native
 
-from . import bench_generate, machine, overhead, plot, report, roofline, table
+from . import (
+    bench_accelerate,
+    bench_generate,
+    bench_step,
+    gpu,
+    machine,
+    overhead,
+    plot,
+    report,
+    roofline,
+    table,
+)
 from .cases import DTYPES, Case, benches, cases
 from .contest import Settings, hold
 from .timing import QUICK, TABLE, Plan
@@ -23,8 +34,8 @@ EXTRAS = ("roofline", "overhead")
 OPS = "ops"
 """The name of the table of figures to reach; ops named beside it choose its rows."""
 
-GENERATE = "generate"
-"""The name of the whole models' table; it stands alone."""
+WHOLE = {"generate": bench_generate, "step": bench_step, "accelerate": bench_accelerate}
+"""The benchmarks of whole models; each stands alone."""
 
 
 def parts(known: tuple[str, ...], what: str) -> Callable[[str], tuple[str, ...]]:
@@ -56,14 +67,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="OP",
         help=f"which of {known} (default: all); or {OPS}: the table of the figures to reach, in a "
-        f"quarter of an hour (of some ops: {OPS} linear rope); or {GENERATE}: tokens a second of a "
-        "whole model against other libraries",
+        f"quarter of an hour (of some ops: {OPS} linear rope); or generate: tokens a second of a "
+        "whole model against other libraries; or step: a training step against plain torch; or "
+        "accelerate: models of transformers, as they come and after llmcore.accelerate",
     )
     parser.add_argument(
         "--shape",
         choices=bench_generate.SHAPES,
         default=bench_generate.SMOLLM2,
-        help=f"of {GENERATE}: SmolLM2-135M, or a random Llama of half a billion weights",
+        help="of generate: SmolLM2-135M, or a random Llama of half a billion weights",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: our CUDA and Triton kernels and torch's on a GPU (default: cpu)",
     )
     parser.add_argument("--quick", action="store_true", help="few shapes, about two minutes")
     parser.add_argument(
@@ -96,12 +114,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, writes; 1 when a kernel of ours fails the yardstick, 2 for a wrong name."""
     known = (OPS, *benches(), *EXTRAS)
-    if args.ops == [GENERATE]:
+    if args.device == "cuda":
+        return gpu.run(args)
+    if len(args.ops) == 1 and args.ops[0] in WHOLE:
         print_machine(machine.describe())
-        return bench_generate.run(args, (args.threads or (machine.cores(),))[0])
+        return WHOLE[args.ops[0]].run(args, (args.threads or (machine.cores(),))[0])
     unknown = [name for name in args.ops if name not in known]
     if unknown:
-        print(f"ops: got {unknown[0]!r}, expected one of {', '.join((*known, GENERATE))}")
+        print(f"ops: got {unknown[0]!r}, expected one of {', '.join((*known, *WHOLE))}")
         return 2
     chosen = args.ops or list(known[1:])
     threads = args.threads or ((machine.cores(),) if args.quick else (machine.cores(), 1))

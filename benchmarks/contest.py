@@ -172,7 +172,7 @@ def backward_call(function: Callable[..., Any], sample: Sample, dtype: torch.dty
     with torch.enable_grad():
         results = listed(function(*args, **options))
     draw = Draw(1)
-    cotangents = [draw.normal(*y.shape).to(dtype) for y in results]
+    cotangents = [draw.normal(*y.shape).to(y.device, dtype) for y in results]
     return lambda: list(torch.autograd.grad(results, wanted, cotangents, retain_graph=True))
 
 

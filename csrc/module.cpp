@@ -15,6 +15,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "llmcore's native kernels; importing it registers torch.ops.llmcore";
   m.attr("BEST_LEVEL") = llmcore::BEST_LEVEL;
   m.attr("COMPILER") = __VERSION__;
+  m.attr("CUDA_REASON") = LLMCORE_CUDA_REASON;
   m.def(
       "levels",
       [] {

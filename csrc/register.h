@@ -32,6 +32,36 @@ inline const Kernels& kernels_of(int64_t level) {
   return *kernels;
 }
 
+// Where a tensor is. A build without CUDA does not ask: there is one place.
+struct Place {
+  int32_t type = aoti_torch_device_type_cpu(), index = 0;
+};
+
+#ifdef LLMCORE_CUDA
+// The CUDA kernels, queued on the current stream of a device; those that there are none of are null.
+const Kernels& cuda_kernels(int32_t device);
+
+inline Place place_of(const Tensor& t) {
+  Place place;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &place.type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &place.index));
+  return place;
+}
+inline bool is_cuda(const Tensor& t) { return place_of(t).type == aoti_torch_device_type_cuda(); }
+
+// The kernels for where a tensor is; `level` is the CPU's.
+inline const Kernels& kernels_of(int64_t level, const Tensor& on) {
+  return is_cuda(on) ? cuda_kernels(place_of(on).index) : kernels_of(level);
+}
+#define LLMCORE_CUDA_IMPL(implement) \
+  STABLE_TORCH_LIBRARY_IMPL(llmcore, CUDA, m) { implement(m); }
+#else
+inline Place place_of(const Tensor&) { return {}; }
+inline bool is_cuda(const Tensor&) { return false; }
+inline const Kernels& kernels_of(int64_t level, const Tensor&) { return kernels_of(level); }
+#define LLMCORE_CUDA_IMPL(implement)
+#endif
+
 inline void check_scratch(bool ok) { STD_TORCH_CHECK(ok, "out of memory for a kernel's scratch space"); }
 
 // The tensor itself when it is contiguous, else a contiguous copy.
@@ -75,41 +105,40 @@ struct Parameter {
   Dtype dtype = Dtype::float32;
 };
 
-// A fresh CPU tensor, `strides` in elements. By the C shim itself: the dispatcher's new_empty takes a microsecond more.
-inline Tensor fresh(int64_t axes, const int64_t* sizes, const int64_t* strides, int32_t type) {
+// A fresh tensor, `strides` in elements. By the C shim itself: the dispatcher's new_empty takes a microsecond more.
+inline Tensor fresh(int64_t axes, const int64_t* sizes, const int64_t* strides, int32_t type, Place place = {}) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(axes, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(axes, sizes, strides, type, place.type, place.index, &handle));
   return Tensor(handle);
 }
 inline int32_t code_of(ScalarType type) {
   return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
 }
 template <size_t N>
-Tensor fresh(const int64_t (&sizes)[N], const int64_t (&strides)[N], ScalarType type) {
-  return fresh(int64_t(N), sizes, strides, code_of(type));
+Tensor fresh(const int64_t (&sizes)[N], const int64_t (&strides)[N], ScalarType type, Place place = {}) {
+  return fresh(int64_t(N), sizes, strides, code_of(type), place);
 }
 
 // The same, contiguous, of any number of axes.
-inline Tensor fresh(const std::vector<int64_t>& sizes, ScalarType type) {
+inline Tensor fresh(const std::vector<int64_t>& sizes, ScalarType type, Place place = {}) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 1 ? sizes[i] : 1) strides[i] = stride;
-  return fresh(int64_t(sizes.size()), sizes.data(), strides.data(), code_of(type));
+  return fresh(int64_t(sizes.size()), sizes.data(), strides.data(), code_of(type), place);
 }
 
-// A fresh contiguous tensor of the shape and dtype of a CPU tensor, or an empty one when it is not wanted.
+// A fresh contiguous tensor of the shape, dtype and place of another, or an empty one when it is not wanted.
 inline Tensor fresh_like(const Tensor& like, bool wanted = true) {
-  if (!wanted) return fresh({0}, {1}, like.scalar_type());
+  if (!wanted) return fresh({0}, {1}, like.scalar_type(), place_of(like));
   int32_t type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
   STD_TORCH_CHECK(like.is_contiguous(), "fresh_like: expected a contiguous tensor");
-  return fresh(like.dim(), like.sizes().data(), like.strides().data(), type);
+  return fresh(like.dim(), like.sizes().data(), like.strides().data(), type, place_of(like));
 }
 
-// The same for a CPU tensor of any strides.
+// The same for a tensor of any strides.
 inline Tensor fresh_contiguous(const Tensor& like) {
-  return fresh(std::vector<int64_t>(like.sizes().begin(), like.sizes().end()), like.scalar_type());
+  return fresh(std::vector<int64_t>(like.sizes().begin(), like.sizes().end()), like.scalar_type(), place_of(like));
 }
 
 // A tensor of any shape as rows along its last axis, one stride apart: itself where its strides allow that (halves of
@@ -146,7 +175,9 @@ struct StridedRows {
 };
 
 // A fresh float32 vector of `width`, or an empty one when it is not wanted.
-inline Tensor float_vector(bool wanted, int64_t width) { return fresh({wanted ? width : 0}, {1}, ScalarType::Float); }
+inline Tensor float_vector(bool wanted, int64_t width, Place place = {}) {
+  return fresh({wanted ? width : 0}, {1}, ScalarType::Float, place);
+}
 inline float* floats_of(const Tensor& t, bool wanted) {
   return wanted ? static_cast<float*>(t.mutable_data_ptr()) : nullptr;
 }

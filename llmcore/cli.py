@@ -17,12 +17,17 @@ COMMANDS = {
         "llmcore.history_demo",
         "n-grams, recurrent networks and a transformer side by side, and the vanishing gradient",
     ),
+    "demo translate": (
+        "llmcore.translate_demo",
+        "an encoder-decoder learns English to French, in about five minutes",
+    ),
     "demo similarity": (
         "llmcore.similarity_demo",
         "sentences ranked by meaning, with a small real encoder",
     ),
     "chat": ("llmcore.chat_command", "talk with a model"),
     "generate": ("llmcore.generate_command", "answer a file of prompts, resuming where it stopped"),
+    "serve": ("llmcore.serve_command", "an OpenAI-compatible server, transformers', on llmcore"),
     "evaluate": ("llmcore.evaluate_command", "perplexity of text, and what packed weights change"),
     "data inspect": (
         "llmcore.data_inspect_command",
@@ -64,7 +69,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command.run(parser.parse_args(arguments[words:]))
     except KeyboardInterrupt:
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

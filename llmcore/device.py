@@ -50,6 +50,11 @@ def cuda_reason() -> str | None:
     return None
 
 
+def cuda_kernels_reason() -> str:
+    """Why the extension's CUDA kernels can't run here, "" when they can."""
+    return cuda_reason() or native.cuda_reason()
+
+
 def triton_is_interpreted() -> bool:
     """Whether TRITON_INTERPRET=1 makes Triton kernels run on the CPU, in Python."""
     return os.environ.get("TRITON_INTERPRET") == "1"

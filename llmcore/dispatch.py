@@ -21,17 +21,10 @@ from torch.autograd import forward_ad
 
 from llmcore import device, native
 
-BACKENDS = (
-    "cuda",
-    "triton",
-    "torch",
-    "cpu",
-    *(f"cpu_{level}" for level in native.LEVELS),
-    "reference",
-)
+BACKENDS = ("cuda", "triton", "cpu", *(f"cpu_{level}" for level in native.LEVELS), "reference")
 """Every name that `use` and LLMCORE_BACKEND take."""
 
-UNFORCED = ("cuda", "triton", "torch", "cpu", "reference")
+UNFORCED = ("cuda", "triton", "cpu", "reference")
 """What runs when nothing is forced; single levels of the CPU kernels run by name only."""
 
 forced: str | None = os.environ.get("LLMCORE_BACKEND") or None
@@ -63,8 +56,7 @@ class Candidate:
     """One implementation of an op.
 
     `machine` says why it cannot run here at all ("" when it can); `refuses` takes the op's own
-    arguments and says why it cannot run this call; `remark` is what `explain` says of it where it
-    is chosen. `forward`, `backward` and `into` (forward into a
+    arguments and says why it cannot run this call. `forward`, `backward` and `into` (forward into a
     given output) have the signatures that the op's contract states; the definition has no
     `backward`: autograd knows it.
     """
@@ -75,7 +67,6 @@ class Candidate:
     into: Callable[..., Any] | None = None
     machine: str = ""
     refuses: Callable[..., list[str]] = _never
-    remark: str = ""
 
     def reasons(self, *args: Any) -> list[str]:
         """Why this candidate does not run this call; empty when it does."""
@@ -133,12 +124,22 @@ def native_candidates(
     return tuple(candidates)
 
 
-def triton_candidate(name: str, refuses: Callable[..., list[str]]) -> Candidate:
-    """The module kernels/<name>.py as a candidate; it is imported at the first call."""
+def triton_candidate(
+    name: str,
+    refuses: Callable[..., list[str]] = _never,
+    *,
+    backward: bool = True,
+    into: bool = True,
+) -> Candidate:
+    """The module kernels/<name>.py as a candidate; it is imported at the first call.
+
+    `backward` and `into` say whether it has a function for each.
+    """
 
     def late(attribute: str) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            return getattr(importlib.import_module(f"llmcore.kernels.{name}"), attribute)(*args)
+        def call(*args: Any, **options: Any) -> Any:
+            module = importlib.import_module(f"llmcore.kernels.{name}")
+            return getattr(module, attribute)(*args, **options)
 
         return call
 
@@ -147,16 +148,48 @@ def triton_candidate(name: str, refuses: Callable[..., list[str]]) -> Candidate:
         interpreted = device.triton_is_interpreted() and forced == "triton"
         why = "Triton takes it in its interpreter only, if forced"
         reasons = [f"a tensor on {k}: {why}" for k in kinds if not (interpreted and k == "cpu")]
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            reasons.append("torch.compile and torch.func see through the definition only")
+        if any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in args):
+            reasons.append("torch.float64: Triton's kernels compute in float32")
         return reasons + refuses(*args)
 
     return Candidate(
         "triton",
         forward=late("forward"),
-        backward=late("backward"),
-        into=late("into"),
+        backward=late("backward") if backward else None,
+        into=late("into") if into else None,
         machine=device.triton_reason() or "",
         refuses=refuses_device,
     )
+
+
+def cuda_candidate(
+    name: str, refuses: Callable[..., list[str]], *, backward: bool = True, into: bool = True
+) -> Candidate:
+    """The raw ops of `name` on a GPU: csrc/cuda/<name>.cu. `refuses` need not look at devices."""
+
+    def refuses_device(*args: Any) -> list[str]:
+        kinds = {t.device.type for t in tensors_in(args)} - {"cuda"}
+        return [f"a tensor on {k}: these kernels run on CUDA" for k in kinds] + refuses(*args)
+
+    return Candidate(
+        "cuda",
+        forward=native.bind(f"{name}_forward", native.BEST_LEVEL),
+        backward=native.bind(f"{name}_backward", native.BEST_LEVEL) if backward else None,
+        into=native.bind(f"{name}_forward_out", native.BEST_LEVEL) if into else None,
+        machine=device.cuda_kernels_reason(),
+        refuses=refuses_device,
+    )
+
+
+def tensors_in(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
+    """The tensors among an op's arguments, those inside of a tuple too."""
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            yield a
+        elif isinstance(a, tuple):
+            yield from tensors_in(a)
 
 
 class Op:
@@ -165,7 +198,7 @@ class Op:
     Definition, check and candidates take the same positional arguments. `arguments` makes them of
     a call of the public function (promotes, resolves defaults, groups options); without it they are
     the public function's own. `absent` holds the contract's sentence for each family of kernels
-    (cpu, triton, cuda, torch) that it does not have.
+    (cpu, triton, cuda) that it does not have.
     """
 
     def __init__(
@@ -202,6 +235,8 @@ class Op:
         # In compilation shapes may be symbolic, and a graph must not depend on a cache; keys do not
         # hold tangents.
         if key is None or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+            return self._choose(*args)
+        if torch._C._are_functorch_transforms_active():  # which Triton's kernels can't see through
             return self._choose(*args)
         try:
             choice = self.chosen.get((forced, key))
@@ -331,7 +366,6 @@ class Explanation:
     op: str
     chosen: str
     reasons: dict[str, list[str]]
-    remark: str = ""
 
     def __str__(self) -> str:
         others = [
@@ -339,8 +373,7 @@ class Explanation:
             for b, why in self.reasons.items()
             if b != self.chosen
         ]
-        remark = f": {self.remark}" if self.remark else ""
-        return "\n".join([f"{self.op} runs on {self.chosen}{remark}", *others])
+        return "\n".join([f"{self.op} runs on {self.chosen}", *others])
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> Explanation:
@@ -366,4 +399,4 @@ def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> Explana
         reasons[backend] = (
             [found.why_absent(backend)] if candidate is None else candidate.reasons(*call)
         )
-    return Explanation(found.name, chosen.backend, reasons, chosen.remark)
+    return Explanation(found.name, chosen.backend, reasons)

@@ -66,6 +66,11 @@ def fake_into(name: str) -> None:
     fake(f"{name}_forward_out")(lambda *args: None)
 
 
+def cuda_reason() -> str:
+    """Why the extension has no CUDA kernels ("": it has)."""
+    return why_not if module is None else module.CUDA_REASON
+
+
 def bind(name: str, level: int) -> Callable[..., Any]:
     """A raw op at one level."""
     return functools.partial(op(name), level)
@@ -75,15 +80,22 @@ def refuses_tensors(
     *tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, ...] = DTYPES
 ) -> list[str]:
     """Why the CPU kernels can't take these tensors; a None stands for an absent option."""
+    devices = [t.device.type for t in tensors if t is not None and t.device.type != "cpu"]
+    reasons = [f"a tensor on {kind}: these kernels run on the CPU" for kind in devices]
+    return list(dict.fromkeys(reasons + refuses_kinds(*tensors, dtypes=dtypes)))
+
+
+def refuses_kinds(
+    *tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> list[str]:
+    """Why native kernels can't take tensors of these dtypes and layouts, on whatever device."""
     reasons = []
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.device.type != "cpu":
-            reasons.append(f"a tensor on {tensor.device.type}: these kernels run on the CPU")
         if tensor.dtype not in dtypes:
             *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-            names_of_all = f"{', '.join(names)} and {last}"
+            names_of_all = f"{', '.join(names)} and {last}" if names else last
             reasons.append(f"{tensor.dtype}: the native kernels take {names_of_all}")
         if tensor.layout != torch.strided:
             reasons.append(f"layout {tensor.layout}: the native kernels take strided tensors")

@@ -15,20 +15,20 @@ from llmcore.text import corpora
 from llmcore.text.masking import SPECIAL, MaskedPairs
 from llmcore.train import Interrupted, Processes
 from llmcore.train.loop import METRICS_FILE
-from llmcore.train.metrics import clock, draw, read
+from llmcore.train.metrics import draw, read
 from llmcore.train.preparation import Prepared, prepare
 from llmcore.train.pretrain import (
     PRESETS,
     VALIDATION_BATCHES,
     Options,
     Preset,
-    Rival,
     changed,
     judge,
     masked_accuracy,
     ngrams,
     pretrain,
     recurrent,
+    rivals_table,
 )
 
 RIVALS: tuple[Kind, ...] = ("lstm", "gru")
@@ -173,7 +173,7 @@ def show_result(
     if not args.no_rivals:
         rivals += ngrams(prepared)
         rivals += [recurrent(kind, preset, prepared, folder, options) for kind in RIVALS]
-    show_rivals(rivals)
+    print(*rivals_table(rivals), sep="\n")
     show_sample(model, prepared)
     lines = {rival.name: rival.nats_per_token for rival in rivals[1:]}
     print(draw(records, folder / "loss.png", lines))
@@ -187,19 +187,6 @@ def trained_seconds(records: list[dict[str, Any]]) -> float:
         total += (record["tokens"] - before) / record["tokens_per_second"]
         before = record["tokens"]
     return total
-
-
-def show_rivals(rivals: list[Rival]) -> None:
-    """All by bits per byte of the held-out documents, the best first."""
-    print(f"\n{'':<22}{'bits/byte':>10}{'parameters':>12}{'tokens read':>13}{'time':>8}")
-    for rival in sorted(rivals, key=lambda rival: rival.bits_per_byte):
-        parameters = f"{rival.parameters:,}" if rival.parameters else "-"
-        print(
-            f"{rival.name:<22}{rival.bits_per_byte:>10.3f}{parameters:>12}"
-            f"{rival.tokens:>13,}{clock(rival.seconds):>8}"
-        )
-    best = min(rivals, key=lambda rival: rival.bits_per_byte)
-    print(f"\nThe best here: {best.name}.")
 
 
 def show_sample(model: Decoder, prepared: Prepared) -> None:

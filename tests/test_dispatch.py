@@ -37,7 +37,7 @@ def double() -> Iterator[Op]:
         lambda draw: iter(()),
         (
             Candidate("cuda", lambda x, factor: "cuda", machine="torch finds no GPU"),
-            Candidate("cpu", lambda x, factor: "cpu", refuses=small_only, remark="for few"),
+            Candidate("cpu", lambda x, factor: "cpu", refuses=small_only),
             Candidate("cpu_avx2", lambda x, factor: "cpu_avx2"),
         ),
         triton="no Triton kernel: two times is not worth one",
@@ -77,7 +77,7 @@ def test_dispatch_use_nests_and_restores_after_exceptions(double: Op) -> None:
 
 
 def test_dispatch_use_unknown_name() -> None:
-    message = "backend: got 'gpu', expected one of cuda, triton, torch, cpu"
+    message = "backend: got 'gpu', expected one of cuda, triton, cpu"
     with pytest.raises(ValueError, match=message), llmcore.use("gpu"):
         pass
     assert dispatch.forced is None
@@ -140,10 +140,6 @@ def test_explain_says_who_runs_and_why_not_the_others(double: Op) -> None:
     text = str(explanation)
     assert text.startswith("double runs on reference")
     assert "  cpu: 30 elements" in text and "  cpu_avx2: could run" in text
-
-
-def test_explain_adds_the_remark_on_what_runs(double: Op) -> None:
-    assert str(llmcore.explain("double", torch.zeros(3))).startswith("double runs on cpu: for few")
 
 
 def test_explain_follows_use(double: Op) -> None:

@@ -17,6 +17,19 @@ ROOT = Path(__file__).resolve().parents[1]
 BODIES = {"attention_varlen": "attention", "paged_attention": "attention"}
 """Ops whose kernels are another op's, which finds keys and values in more than one way."""
 
+SHARED = (
+    *("runtime", "roofline"),
+    *("linear_quantized", "store_rows"),  # linear with weights of another kind; filling caches
+    *(
+        "launch",
+        "row_norm",
+        "activation",
+        "attention_scores",
+        "attention_backward",
+    ),  # of several ops in Triton
+)
+"""Kernel files that no one op owns."""
+
 FAMILIES = {
     "cpu": ("csrc/cpu/{body}.cpp", "csrc/register/{op}.cpp", "benchmarks/bench_{op}.py"),
     "triton": ("kernels/{op}.py",),
@@ -32,10 +45,12 @@ LAYERS = (
     ("dispatch",),
     ("kernels",),
     ("ops",),
+    ("attention_mask", "eager_attention", "patch_sdpa"),
+    ("attention_interface",),
     ("verify", "text"),
     ("models", "history"),
-    ("generation",),
-    ("generate", "evaluate"),
+    ("generation", "swap"),
+    ("generate", "evaluate", "accelerate"),
     ("train",),
     ("model_arguments",),
     (
@@ -49,9 +64,11 @@ LAYERS = (
         "verify_command",
         "chat_command",
         "generate_command",
+        "serve_command",
         "evaluate_command",
     ),
     ("cli",),
+    ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
@@ -85,10 +102,10 @@ def test_layout_contract(op: str) -> None:
 def test_layout_no_stray_kernels() -> None:
     """A kernel file that no op owns is dead, or misnamed."""
     known = set(REGISTRY)
-    for folder, pattern in (("kernels", "*.py"), ("csrc/register", "*.cpp")):
+    places = (("kernels", "*.py"), ("csrc/register", "*.cpp"), ("csrc/cuda", "*.cu"))
+    for folder, pattern in places:
         for path in (ROOT / folder).glob(pattern):
-            # linear_quantized is linear with weights of another kind; store_rows fills caches.
-            shared = path.stem in ("runtime", "roofline", "linear_quantized", "store_rows")
+            shared = path.stem in SHARED
             assert shared or path.stem in known, f"{path.name} belongs to no op"
     assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow Hugging Face's kernels"
 
@@ -125,7 +142,8 @@ def test_layout_arrows(path: Path) -> None:
 def test_layout_kernels_know_nothing_above() -> None:
     for path in (ROOT / "kernels").glob("*.py"):
         assert not list(imports_of(path)), path.name
-    for path in [*(ROOT / "csrc/cpu").iterdir(), *(ROOT / "csrc").glob("[lo]*")]:
+    native = [*(ROOT / "csrc/cpu").iterdir(), *(ROOT / "csrc/cuda").iterdir()]
+    for path in [*native, *(ROOT / "csrc").glob("[lo]*")]:
         assert not re.search(r"#include <(torch|pybind11|Python)", path.read_text()), path.name
 
 

@@ -1,5 +1,5 @@
 // attention, forward: blocks of query rows over threads, each against blocks of keys (Dao, FlashAttention-2, 2023),
-// with both products in register tiles (gemm_tile.h).
+// with both products in register tiles (attention_tile.h).
 //
 // Each product does T * S * D multiply-adds a head: bound by them for long T, by reading K and V for short. A head's K
 // and V are packed once for all its query rows; where those are few (decoding), they are packed block by block, or

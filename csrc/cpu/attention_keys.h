@@ -6,7 +6,7 @@
 
 #include <type_traits>
 
-#include "gemm_tile.h"
+#include "attention_tile.h"
 #include "row.h"
 
 namespace llmcore::LLMCORE_LEVEL {

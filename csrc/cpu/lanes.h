@@ -108,6 +108,18 @@ INLINE void join_pairs(vec even, vec odd, vec& a, vec& b) {
   b = shuffle<high_pairs>(even, odd);
 }
 
+// Lane i holds low[i] below and high[i] above.
+template <size_t... I>
+INLINE vec side_by_side(hvec low, hvec high, std::index_sequence<I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  const hpair both = joined(low, high);
+  return bits_of<vec>(__builtin_shufflevector(both, both, int(I / 2 + I % 2 * LANES)...));
+#else
+  return bits_of<vec>(__builtin_convertvector(low, uvec) | __builtin_convertvector(high, uvec) << 16);
+#endif
+}
+INLINE vec side_by_side(hvec low, hvec high) { return side_by_side(low, high, std::make_index_sequence<2 * LANES>{}); }
+
 // Pieces of WIDTH lanes taken from a and b in turn, within each four lanes: the first half of each four, or the second.
 template <int WIDTH, int SECOND>
 constexpr int interleaved(int lane) {

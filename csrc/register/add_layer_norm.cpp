@@ -11,9 +11,10 @@ void add_layer_norm_forward_out(int64_t level, const Tensor& x, const Tensor& re
   check_same(other, input, "residual", "x");
   check_same(y, input, "y", "x");
   check_same(total, input, "total", "x");
-  check_scratch(kernels_of(level).add_layer_norm_forward({input.const_data_ptr(), other.const_data_ptr(), w.data,
-                                                          b.data, y.mutable_data_ptr(), total.mutable_data_ptr(), rows,
-                                                          width, float(eps), dtype_of(input, "x"), w.dtype, b.dtype}));
+  check_scratch(kernels_of(level, input)
+                    .add_layer_norm_forward({input.const_data_ptr(), other.const_data_ptr(), w.data, b.data,
+                                             y.mutable_data_ptr(), total.mutable_data_ptr(), rows, width, float(eps),
+                                             dtype_of(input, "x"), w.dtype, b.dtype}));
 }
 
 std::tuple<Tensor, Tensor> add_layer_norm_forward(int64_t level, const Tensor& x, const Tensor& residual,
@@ -39,13 +40,22 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(int64_t level, const 
     check_same(*added, input, "dtotal", "total");
   }
   const Tensor dx = fresh_like(input, need_dx);
-  const Tensor dweight = float_vector(need_dweight, width), dbias = float_vector(need_dbias, width);
-  check_scratch(kernels_of(level).add_layer_norm_backward(
-      {{gradient.const_data_ptr(), input.const_data_ptr(), w.data, need_dx ? dx.mutable_data_ptr() : nullptr,
-        floats_of(dweight, need_dweight), floats_of(dbias, need_dbias), rows, width, float(eps),
-        dtype_of(input, "total"), w.dtype},
-       added.has_value() ? added->const_data_ptr() : nullptr}));
+  const Tensor dweight = float_vector(need_dweight, width, place_of(input)),
+               dbias = float_vector(need_dbias, width, place_of(input));
+  check_scratch(kernels_of(level, input)
+                    .add_layer_norm_backward(
+                        {{gradient.const_data_ptr(), input.const_data_ptr(), w.data,
+                          need_dx ? dx.mutable_data_ptr() : nullptr, floats_of(dweight, need_dweight),
+                          floats_of(dbias, need_dbias), rows, width, float(eps), dtype_of(input, "total"), w.dtype},
+                         added.has_value() ? added->const_data_ptr() : nullptr}));
   return {dx, dweight, dbias};
+}
+
+template <typename Library>
+void implement(Library& m) {
+  m.impl("add_layer_norm_forward", TORCH_BOX(&add_layer_norm_forward));
+  m.impl("add_layer_norm_forward_out", TORCH_BOX(&add_layer_norm_forward_out));
+  m.impl("add_layer_norm_backward", TORCH_BOX(&add_layer_norm_backward));
 }
 
 }  // namespace
@@ -61,10 +71,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmcore, m) {
       "add_layer_norm_backward(int level, Tensor dy, Tensor? dtotal, Tensor total, Tensor? weight, float eps,"
       " bool need_dx, bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)");
 }
-STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) {
-  m.impl("add_layer_norm_forward", TORCH_BOX(&add_layer_norm_forward));
-  m.impl("add_layer_norm_forward_out", TORCH_BOX(&add_layer_norm_forward_out));
-  m.impl("add_layer_norm_backward", TORCH_BOX(&add_layer_norm_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) { implement(m); }
+LLMCORE_CUDA_IMPL(implement)
 
 }  // namespace llmcore

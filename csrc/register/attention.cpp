@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> attention_forward(int64_t level, const Tensor& q, con
                                              int64_t window_left, int64_t window_right, double softcap,
                                              double dropout_p, const OptionalTensor& k_scale,
                                              const OptionalTensor& v_scale) {
-  const Tensor queries = with_contiguous_heads(q), keys = with_contiguous_heads(k), values = with_contiguous_heads(v);
+  const Tensor queries = with_heads(q), keys = with_heads(k), values = with_heads(v);
   AttentionForward a{};
   a.problem = problem_of(queries, keys, values,
                          {mask, kv_lengths, q_offsets, sinks, alibi_slopes, seed, q_offset, causal, window_left,
@@ -39,11 +39,11 @@ std::tuple<Tensor, Tensor> attention_forward(int64_t level, const Tensor& q, con
                          k_scale, v_scale);
   const AttentionProblem& p = a.problem;
   const Tensor out = fresh_heads(q, p.H, p.T, p.Dv);
-  const Tensor lse = fresh({p.B, p.H, p.T}, {p.H * p.T, p.T, 1}, ScalarType::Float);
+  const Tensor lse = fresh({p.B, p.H, p.T}, {p.H * p.T, p.T, 1}, ScalarType::Float, place_of(q));
   a.out = out.mutable_data_ptr();
   set_strides(a.out_strides, out);
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
-  check_scratch(kernels_of(level).attention_forward(a));
+  check_scratch(kernels_of(level, q).attention_forward(a));
   return {out, lse};
 }
 
@@ -63,8 +63,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     std::optional<int64_t> q_offset, const OptionalTensor& mask, const OptionalTensor& kv_lengths,
     const OptionalTensor& q_offsets, const OptionalTensor& sinks, const OptionalTensor& alibi_slopes,
     const OptionalTensor& seed, int64_t window_left, int64_t window_right, double softcap, double dropout_p) {
-  const Tensor queries = with_contiguous_heads(q), keys = with_contiguous_heads(k), values = with_contiguous_heads(v);
-  const Tensor gradient = with_contiguous_heads(dout), result = with_contiguous_heads(out);
+  const Tensor queries = with_heads(q), keys = with_heads(k), values = with_heads(v);
+  const Tensor gradient = with_heads(dout), result = with_heads(out);
   AttentionBackward a{};
   a.problem = problem_of(queries, keys, values,
                          {mask, kv_lengths, q_offsets, sinks, alibi_slopes, seed, q_offset, causal, window_left,
@@ -86,23 +86,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   const Tensor dq = fresh_heads(q, p.H, p.T, p.D), dk = fresh_heads(k, p.G, p.S, p.D);
   const Tensor dv = fresh_heads(v, p.G, p.S, p.Dv);
   const bool has_sinks = sinks.has_value();
-  const Tensor dsinks = fresh({has_sinks ? p.B : 0, p.H}, {p.H, 1}, ScalarType::Float);
+  const Tensor dsinks = fresh({has_sinks ? p.B : 0, p.H}, {p.H, 1}, ScalarType::Float, place_of(q));
   a.out = result.const_data_ptr(), a.dout = gradient.const_data_ptr();
   a.lse = static_cast<const float*>(lse.const_data_ptr()), a.dlse = floats_at(lse_gradient, "dlse");
   a.dq = dq.mutable_data_ptr(), a.dk = dk.mutable_data_ptr(), a.dv = dv.mutable_data_ptr();
   a.dsinks = floats_of(dsinks, has_sinks);
   STD_TORCH_CHECK(!need_dslopes || alibi_slopes.has_value(), "alibi_slopes: a gradient of none was asked for");
-  const Tensor dslopes = fresh({need_dslopes ? p.B : 0, p.H}, {p.H, 1}, ScalarType::Float);
+  const Tensor dslopes = fresh({need_dslopes ? p.B : 0, p.H}, {p.H, 1}, ScalarType::Float, place_of(q));
   a.dslopes = floats_of(dslopes, need_dslopes);
   STD_TORCH_CHECK(!need_dmask || mask.has_value(), "mask: a gradient of none was asked for");
-  const Tensor dmask = need_dmask ? set_mask_gradient(a, *mask) : float_vector(false, 0);
+  const Tensor dmask = need_dmask ? set_mask_gradient(a, *mask) : float_vector(false, 0, place_of(q));
   set_strides(a.out_strides, result);
   set_strides(a.dout_strides, gradient);
   set_strides(a.dq_strides, dq);
   set_strides(a.dk_strides, dk);
   set_strides(a.dv_strides, dv);
-  check_scratch(kernels_of(level).attention_backward(a));
+  check_scratch(kernels_of(level, q).attention_backward(a));
   return {dq, dk, dv, dsinks, dmask, dslopes};
+}
+
+template <typename Library>
+void implement(Library& m) {
+  m.impl("attention_forward", TORCH_BOX(&attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
 }
 
 }  // namespace
@@ -120,9 +126,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmcore, m) {
       "attention_backward(int level, Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool need_dmask,"
       " bool need_dslopes, " ATTENTION_OPTIONS ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
-STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX(&attention_forward));
-  m.impl("attention_backward", TORCH_BOX(&attention_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) { implement(m); }
+LLMCORE_CUDA_IMPL(implement)
 
 }  // namespace llmcore

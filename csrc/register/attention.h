@@ -26,6 +26,13 @@ inline Tensor with_contiguous_heads(const Tensor& t) {
   return last >= 0 && t.size(last) > 1 && t.stride(last) != 1 ? torch::stable::contiguous(t) : t;
 }
 
+// The same; on a GPU each row must start at a multiple of 16 bytes too.
+inline Tensor with_heads(const Tensor& t) {
+  bool aligned = !is_cuda(t) || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  for (int64_t i = 0; i + 1 < t.dim() && is_cuda(t); ++i) aligned = aligned && t.stride(i) % 8 == 0;
+  return aligned ? with_contiguous_heads(t) : torch::stable::clone(torch::stable::contiguous(t));
+}
+
 inline void set_strides(int64_t (&strides)[3], const Tensor& t) {
   for (int i = 0; i < 3; ++i) strides[i] = t.stride(i);
 }
@@ -127,7 +134,7 @@ inline void set_options(AttentionProblem& p, const AttentionOptions& o) {
 // (B, heads, positions, width) in memory order (B, positions, heads, width), which models turn into (B, T, C) for free.
 inline Tensor fresh_heads(const Tensor& like, int64_t heads, int64_t positions, int64_t width) {
   return fresh({like.size(0), heads, positions, width}, {positions * heads * width, width, heads * width, 1},
-               like.scalar_type());
+               like.scalar_type(), place_of(like));
 }
 
 }  // namespace llmcore

@@ -9,9 +9,9 @@ void layer_norm_forward_out(int64_t level, const Tensor& x, const OptionalTensor
   const auto [rows, width] = rows_of(input, "x");
   const Parameter w(weight, width, "weight"), b(bias, width, "bias");
   check_same(out, input, "out", "x");
-  check_scratch(
-      kernels_of(level).layer_norm_forward({input.const_data_ptr(), w.data, b.data, out.mutable_data_ptr(), rows, width,
-                                            float(eps), dtype_of(input, "x"), w.dtype, b.dtype}));
+  check_scratch(kernels_of(level, input)
+                    .layer_norm_forward({input.const_data_ptr(), w.data, b.data, out.mutable_data_ptr(), rows, width,
+                                         float(eps), dtype_of(input, "x"), w.dtype, b.dtype}));
 }
 
 Tensor layer_norm_forward(int64_t level, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -30,12 +30,21 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(int64_t level, const Tens
   const Parameter w(weight, width, "weight");
   check_same(gradient, input, "dy", "x");
   const Tensor dx = fresh_like(input, need_dx);
-  const Tensor dweight = float_vector(need_dweight, width), dbias = float_vector(need_dbias, width);
-  check_scratch(kernels_of(level).layer_norm_backward({gradient.const_data_ptr(), input.const_data_ptr(), w.data,
-                                                       need_dx ? dx.mutable_data_ptr() : nullptr,
-                                                       floats_of(dweight, need_dweight), floats_of(dbias, need_dbias),
-                                                       rows, width, float(eps), dtype_of(input, "x"), w.dtype}));
+  const Tensor dweight = float_vector(need_dweight, width, place_of(input)),
+               dbias = float_vector(need_dbias, width, place_of(input));
+  check_scratch(
+      kernels_of(level, input)
+          .layer_norm_backward({gradient.const_data_ptr(), input.const_data_ptr(), w.data,
+                                need_dx ? dx.mutable_data_ptr() : nullptr, floats_of(dweight, need_dweight),
+                                floats_of(dbias, need_dbias), rows, width, float(eps), dtype_of(input, "x"), w.dtype}));
   return {dx, dweight, dbias};
+}
+
+template <typename Library>
+void implement(Library& m) {
+  m.impl("layer_norm_forward", TORCH_BOX(&layer_norm_forward));
+  m.impl("layer_norm_forward_out", TORCH_BOX(&layer_norm_forward_out));
+  m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
 }
 
 }  // namespace
@@ -49,10 +58,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmcore, m) {
       "layer_norm_backward(int level, Tensor dy, Tensor x, Tensor? weight, float eps, bool need_dx,"
       " bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)");
 }
-STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) {
-  m.impl("layer_norm_forward", TORCH_BOX(&layer_norm_forward));
-  m.impl("layer_norm_forward_out", TORCH_BOX(&layer_norm_forward_out));
-  m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) { implement(m); }
+LLMCORE_CUDA_IMPL(implement)
 
 }  // namespace llmcore

@@ -28,7 +28,7 @@ void turn(int64_t level, const Tensor& x, const Tensor& cos, const Tensor& sin, 
   STD_TORCH_CHECK(rope.angle_dtype == rope.dtype || rope.angle_dtype == Dtype::float32,
                   "cos: expected x's dtype or float32");
   rope.interleaved = interleaved, rope.back = back;
-  check_scratch(kernels_of(level).rope(rope));
+  check_scratch(kernels_of(level, x).rope(rope));
 }
 
 void rope_forward_out(int64_t level, const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved,
@@ -48,6 +48,13 @@ Tensor rope_backward(int64_t level, const Tensor& dy, const Tensor& cos, const T
   return dx;
 }
 
+template <typename Library>
+void implement(Library& m) {
+  m.impl("rope_forward", TORCH_BOX(&rope_forward));
+  m.impl("rope_forward_out", TORCH_BOX(&rope_forward_out));
+  m.impl("rope_backward", TORCH_BOX(&rope_backward));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmcore, m) {
@@ -55,10 +62,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmcore, m) {
   m.def("rope_forward_out(int level, Tensor x, Tensor cos, Tensor sin, bool interleaved, Tensor(a!) out) -> ()");
   m.def("rope_backward(int level, Tensor dy, Tensor cos, Tensor sin, bool interleaved) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) {
-  m.impl("rope_forward", TORCH_BOX(&rope_forward));
-  m.impl("rope_forward_out", TORCH_BOX(&rope_forward_out));
-  m.impl("rope_backward", TORCH_BOX(&rope_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(llmcore, CPU, m) { implement(m); }
+LLMCORE_CUDA_IMPL(implement)
 
 }  // namespace llmcore

@@ -30,7 +30,13 @@ def pack_weights(
     check_format(format)
     given = given or {}
     packed = {  # all of them first: a model that one can't be packed of stays as it is
-        name: given.get(name) or _packed(name, module.parameter.detach(), format)
+        name: given.get(name)
+        or packed_matrix(
+            name,
+            module.parameter.detach(),
+            format,
+            ends=name.rpartition(".")[2] in ("embedding", "head"),
+        )
         for name, module in _matrices(model)
     }
     for name, module in _matrices(model):
@@ -56,7 +62,12 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, Packable]]:
             yield name, module
 
 
-def _packed(name: str, weight: Tensor, format: str) -> PackedWeight:
+def packed_matrix(name: str, weight: Tensor, format: str, *, ends: bool) -> PackedWeight:
+    """A model's matrix (N, K) in one of FORMATS, as `pack_weights` says.
+
+    ends  whether it is the embedding or the head
+    ValueError, with its name, for a width without a group.
+    """
     if format == "bf16":
         return pack(weight, format)
     group = next((g for g in (32, 16) if weight.shape[1] % g == 0), None)
@@ -65,6 +76,6 @@ def _packed(name: str, weight: Tensor, format: str) -> PackedWeight:
             f"weights={format!r}: {name} has rows of {weight.shape[1]}, a multiple of "
             f"{GROUPS[0]} is needed"
         )
-    if format == "int4" and name.rpartition(".")[2] not in ("embedding", "head"):
+    if format == "int4" and not ends:
         return pack(weight, "int4", group, asymmetric=True)
     return pack(weight, "int8", group)

@@ -2,8 +2,7 @@
 
 Module by module a pass costs some ten calls from Python in each layer, which is most of the time
 of a small model's token. The plan knows where all weights lie, and hands them over at once; the
-kernels are those that the modules call, in the same order, and so the bits are the same. (But for
-many rows by plain weights in bfloat16, which `ops.linear` may hand to torch, and the plan doesn't.)
+kernels are those that the modules call, in the same order, and so the bits are the same.
 """
 
 from __future__ import annotations

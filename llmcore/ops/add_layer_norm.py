@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore.dispatch import Candidate, Op, cuda_candidate, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.layer_norm import reference as layer_norm_reference
 from llmcore.ops.sample import Draw, Sample
@@ -130,15 +130,27 @@ def _(
     return dx, dweight, total.new_empty(total.shape[-1] if need_dbias else 0, dtype=torch.float32)
 
 
+def refuses_cuda(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> list[str]:
+    return contract.refuses_cuda_rows(x, residual, weight, bias)
+
+
 OP = Op(
     "add_layer_norm",
     reference,
     check,
     samples,
-    native_candidates("add_layer_norm", refuses),
+    (
+        cuda_candidate("add_layer_norm", refuses_cuda),
+        triton_candidate("add_layer_norm", contract.refuses_wide_rows),
+        *native_candidates("add_layer_norm", refuses),
+    ),
     arguments=arguments,
-    triton="no Triton kernel yet",
-    cuda="no CUDA kernel yet",
 )
 
 

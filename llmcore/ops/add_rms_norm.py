@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore.dispatch import Candidate, Op, cuda_candidate, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.rms_norm import reference as rms_norm_reference
 from llmcore.ops.sample import Draw, Sample
@@ -109,15 +109,23 @@ def _(
     return dx, dweight
 
 
+def refuses_cuda(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float
+) -> list[str]:
+    return contract.refuses_cuda_rows(x, residual, weight)
+
+
 OP = Op(
     "add_rms_norm",
     reference,
     check,
     samples,
-    native_candidates("add_rms_norm", refuses),
+    (
+        cuda_candidate("add_rms_norm", refuses_cuda),
+        triton_candidate("add_rms_norm", contract.refuses_wide_rows),
+        *native_candidates("add_rms_norm", refuses),
+    ),
     arguments=arguments,
-    triton="no Triton kernel yet",
-    cuda="no CUDA kernel yet",
 )
 
 

@@ -67,7 +67,7 @@ from typing import Any
 
 import torch
 
-from llmcore.dispatch import Op
+from llmcore.dispatch import Op, triton_candidate
 from llmcore.ops import attention_native, contract
 from llmcore.ops.attention_definition import (
     Extra,
@@ -413,15 +413,29 @@ def integers_of(draw: Draw, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return integers, torch.stack((scale, draw.normal(*scale.shape)), -1)[..., 0]
 
 
+def refuses_triton(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Extra, options: Options
+) -> list[str]:
+    reasons = attention_native.refuses_widths(q, v)
+    for name, tensor in (("mask", extra.mask), ("alibi_slopes", extra.alibi_slopes)):
+        if contract.wants_gradient(tensor):
+            reasons.append(f"{name} requires a gradient: these kernels have none for it")
+    if k.dtype != q.dtype and attention_native.wants_any_gradient(q, k, v, extra):
+        reasons.append(f"an input requires a gradient: with keys in {k.dtype} there is none")
+    return reasons
+
+
 OP = Op(
     "attention",
     reference,
     check,
     samples,
-    attention_native.candidates(),
+    (
+        attention_native.cuda(),
+        triton_candidate("attention", refuses_triton, into=False),
+        *attention_native.candidates(),
+    ),
     arguments=arguments,
-    triton="no Triton kernel yet",
-    cuda="no CUDA kernel yet",
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, native_candidates
+from llmcore.dispatch import Candidate, cuda_candidate, native_candidates
 from llmcore.ops import contract
 from llmcore.ops.attention_definition import Extra, Options, Result, reference
 
@@ -33,6 +33,14 @@ def refuses(
                 "these kernels have it in float32 only"
             )
     return reasons
+
+
+def refuses_widths(q: torch.Tensor, v: torch.Tensor) -> list[str]:
+    """Why Triton's kernels can't take heads of these widths."""
+    widest = max(q.shape[-1], v.shape[-1])
+    if widest > 256:
+        return [f"head width {widest}: these kernels hold tiles of at most 256 in registers"]
+    return []
 
 
 def is_one_for_all_keys(mask: torch.Tensor | None) -> bool:
@@ -180,6 +188,31 @@ def with_contract_arguments(candidate: Candidate) -> Candidate:
         )
 
     return dataclasses.replace(candidate, forward=forward, backward=backward)
+
+
+def refuses_cuda(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Extra, options: Options
+) -> list[str]:
+    """Why the CUDA kernels can't take this call: their products are the tensor cores'."""
+    reasons = native.refuses_kinds(q, k, v, dtypes=(torch.bfloat16, torch.float16))
+    if k.dtype != q.dtype:
+        reasons.append(f"k in {k.dtype}, q in {q.dtype}: these kernels take one dtype")
+    widths = q.shape[3], v.shape[3]
+    if widths not in ((64, 64), (128, 128)):
+        reasons.append(f"head widths {widths[0]} and {widths[1]}: these kernels take 64 or 128")
+    given = extra._asdict()
+    for name in ("mask", "sinks", "alibi_slopes", "seed"):
+        if given[name] is not None:
+            what = "dropout_p" if name == "seed" else name
+            reasons.append(f"{what}: these kernels have none; Triton's have")
+    if options.scale <= 0:
+        reasons.append(f"scale {options.scale}: these kernels take a positive one")
+    return reasons
+
+
+def cuda() -> Candidate:
+    """The CUDA kernels, for attention's contract."""
+    return with_contract_arguments(cuda_candidate("attention", refuses_cuda, into=False))
 
 
 def candidates() -> tuple[Candidate, ...]:

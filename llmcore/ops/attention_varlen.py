@@ -30,11 +30,12 @@ from typing import Any, NamedTuple
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore.dispatch import Candidate, Op, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.attention import check_heads, check_options
 from llmcore.ops.attention_definition import Extra, Options, Window, bounded, default_scale
 from llmcore.ops.attention_definition import reference as attention_reference
+from llmcore.ops.attention_native import refuses_widths
 from llmcore.ops.sample import Draw, Sample
 
 
@@ -156,6 +157,12 @@ def refuses(
     return native.refuses_tensors(q, k, v)
 
 
+def refuses_triton(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Ends, options: Options
+) -> list[str]:
+    return refuses_widths(q, v)
+
+
 @native.fake("attention_varlen_forward")
 def _(
     level: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
@@ -251,9 +258,11 @@ OP = Op(
     reference,
     check,
     samples,
-    tuple(map(with_contract_arguments, native_candidates("attention_varlen", refuses, into=False))),
+    (
+        triton_candidate("attention_varlen", refuses_triton, into=False),
+        *map(with_contract_arguments, native_candidates("attention_varlen", refuses, into=False)),
+    ),
     arguments=arguments,
-    triton="no Triton kernel yet",
     cuda="no CUDA kernel yet",
 )
 

@@ -9,12 +9,24 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch.autograd import forward_ad
 
+from llmcore import native
 from llmcore.dispatch import Candidate
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+WIDEST = 65536
+"""Elements of a row that Triton's row-wise kernels hold in registers."""
+
+
+def refuses_wide_rows(x: torch.Tensor, *rest: Any, axis: int = -1) -> list[str]:
+    """Why Triton's row-wise kernels can't take x."""
+    if x.shape[axis] <= WIDEST:
+        return []
+    return [f"width {x.shape[axis]}: this kernel holds a row of at most {WIDEST} in registers"]
 
 
 def widen(x: torch.Tensor) -> torch.Tensor:
@@ -449,3 +461,23 @@ class KernelFunction(torch.autograd.Function):
             return cls.apply(*args)
         base: Any = super(torch.autograd.Function, cls)  # in C, unknown to type checkers
         return base.apply(*args)
+
+
+CUDA_ROW, CUDA_ROW_BACKWARD = 16384, 8192
+"""Elements of a row that csrc/cuda/row.cuh holds in registers: one row at a time, and with sums for
+a gradient of parameters beside it."""
+
+
+def refuses_cuda_rows(
+    x: torch.Tensor, *tensors: torch.Tensor | None, limit: int = CUDA_ROW_BACKWARD
+) -> list[str]:
+    """Why the CUDA kernels that hold a row in registers can't take x and these others.
+
+    Whether a gradient is wanted is no part of a row's key, so the narrower limit stands for both.
+    """
+    reasons = native.refuses_kinds(x, *tensors)
+    if x.ndim and x.shape[-1] > limit:
+        reasons.append(
+            f"width {x.shape[-1]}: these kernels hold a row of at most {limit} in registers"
+        )
+    return reasons

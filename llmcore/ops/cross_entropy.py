@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore.dispatch import Candidate, Op, cuda_candidate, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -207,15 +207,21 @@ def refuses(logits: torch.Tensor, target: torch.Tensor, options: LossOptions) ->
     return native.refuses_tensors(logits)
 
 
+def refuses_cuda(logits: torch.Tensor, target: torch.Tensor, options: LossOptions) -> list[str]:
+    return native.refuses_kinds(logits)
+
+
 OP = Op(
     "cross_entropy",
     reference,
     check,
     samples,
-    tuple(map(with_options, native_candidates("cross_entropy", refuses, into=False))),
+    (
+        with_options(cuda_candidate("cross_entropy", refuses_cuda, into=False)),
+        triton_candidate("cross_entropy", into=False),
+        *map(with_options, native_candidates("cross_entropy", refuses, into=False)),
+    ),
     arguments=arguments,
-    triton="no Triton kernel yet",
-    cuda="no CUDA kernel yet",
 )
 
 

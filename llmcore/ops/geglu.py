@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore.dispatch import Candidate, Op, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.gelu import APPROXIMATIONS, by_name
 from llmcore.ops.gelu import reference as gelu_reference
@@ -78,8 +78,7 @@ OP = Op(
     reference,
     check,
     samples,
-    tuple(map(by_name, native_candidates("geglu", refuses))),
-    triton="no Triton kernel yet",
+    (triton_candidate("geglu"), *map(by_name, native_candidates("geglu", refuses))),
     cuda="no CUDA kernel: one elementwise pass is Triton's to fuse",
 )
 

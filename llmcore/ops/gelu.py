@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore.dispatch import Candidate, Op, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -95,8 +95,7 @@ OP = Op(
     reference,
     check,
     samples,
-    tuple(map(by_name, native_candidates("gelu", refuses))),
-    triton="no Triton kernel yet",
+    (triton_candidate("gelu"), *map(by_name, native_candidates("gelu", refuses))),
     cuda="no CUDA kernel: one elementwise pass is Triton's to fuse",
 )
 

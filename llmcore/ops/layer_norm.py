@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore.dispatch import Candidate, Op, cuda_candidate, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -113,14 +113,22 @@ def _(
     return dx, dweight, x.new_empty(x.shape[-1] if need_dbias else 0, dtype=torch.float32)
 
 
+def refuses_cuda(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> list[str]:
+    return contract.refuses_cuda_rows(x, weight, bias)
+
+
 OP = Op(
     "layer_norm",
     reference,
     check,
     samples,
-    native_candidates("layer_norm", refuses),
-    triton="no Triton kernel yet",
-    cuda="no CUDA kernel yet",
+    (
+        cuda_candidate("layer_norm", refuses_cuda),
+        triton_candidate("layer_norm", contract.refuses_wide_rows),
+        *native_candidates("layer_norm", refuses),
+    ),
 )
 
 

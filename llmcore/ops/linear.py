@@ -22,9 +22,6 @@ Source: Dettmers et al., LLM.int8(), 2022, section 2 (absmax); llama.cpp's Q8_0 
 Kernels: forward(x, weight, bias) -> y; into the same with `out` behind;
 backward(dy, x, weight, *needs) -> dx, dweight, dbias (float32), each empty where not needed. The
 native one sums in one order whatever the number of rows: a row's bits do not depend on the batch.
-`torch` is torch's own product, which makes no such promise. It runs where it is the faster: with a
-plain weight in bfloat16 and TORCH_ROWS rows or more, on a CPU that multiplies pairs of bfloat16.
-A PackedWeight never meets it, nor does a decoder's native pass over a cache, nor use("cpu").
 """
 
 from __future__ import annotations
@@ -37,17 +34,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llmcore import device, dispatch, native
+from llmcore import native
 from llmcore.dispatch import Candidate, Op, native_candidates
 from llmcore.ops import contract
 from llmcore.ops.packed_weight import FORMATS, PackedWeight, pack
 from llmcore.ops.sample import Draw, Sample
-
-TORCH_ROWS = 128
-"""From so many rows of bfloat16 on torch's product is the faster."""
-
-HAS_BFLOAT16_PAIRS = device.best_cpu_level() == "avx512_bf16"
-"""Whether this machine has an instruction for products of bfloat16."""
 
 SMALLEST = 2.0**-100
 """A group of x below it counts as zeros: 127 over its largest magnitude must be finite."""
@@ -221,68 +212,10 @@ def with_contract_arguments(plain: Candidate, quantized: Candidate) -> Candidate
     return replace(plain, forward=forward, into=into)
 
 
-def torch_refuses(
-    x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None
-) -> list[str]:
-    """Why torch's product cannot run; unless it is forced, also why it should not."""
-    if isinstance(weight, PackedWeight):
-        return ["a PackedWeight: torch has no product with it"]
-    reasons = native.refuses_tensors(x, weight, bias, dtypes=(torch.float32, torch.bfloat16))
-    if bias is not None and bias.dtype != x.dtype:
-        reasons.append(f"bias in {bias.dtype} beside {x.dtype}: torch takes one dtype")
-    if x.dtype == torch.bfloat16 and not HAS_BFLOAT16_PAIRS:
-        reasons.append("bfloat16: this machine lacks avx512_bf16, and the native kernel is faster")
-    if dispatch.forced == "torch":
-        return reasons
-    if x.dtype == torch.float32:
-        reasons.append("torch.float32: the native kernel is as fast")
-    if (rows := math.prod(x.shape[:-1])) < TORCH_ROWS:
-        reasons.append(f"{rows} rows: below {TORCH_ROWS} the native kernel is as fast")
-    return reasons
-
-
-def torch_candidate(plain: Candidate) -> Candidate:
-    """torch's product; the sum over rows that is the bias's gradient stays that of `plain`."""
-
-    def into(
-        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
-    ) -> None:
-        rows, y = as_rows(x), as_rows(out)
-        if bias is None:
-            torch.mm(rows, weight.T, out=y)
-        else:
-            torch.addmm(bias, rows, weight.T, out=y)
-
-    def backward(
-        dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *needs: bool
-    ) -> tuple[torch.Tensor, ...]:
-        assert plain.backward is not None
-        need_dx, need_dweight, need_dbias = needs
-        return (
-            dy @ weight if need_dx else x.new_empty(0),
-            as_rows(dy).T @ as_rows(x) if need_dweight else weight.new_empty(0),
-            plain.backward(dy, x, weight, False, False, need_dbias)[2],
-        )
-
-    return Candidate(
-        "torch",
-        F.linear,
-        backward,
-        into,
-        machine=plain.machine,
-        refuses=torch_refuses,
-        remark="the faster here, but a row's bits may depend on the number of rows",
-    )
-
-
-def as_rows(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
 def candidates() -> tuple[Candidate, ...]:
     plain = native_candidates("linear", refuses)
     quantized = native_candidates("linear_quantized", refuses, backward=False)
-    return torch_candidate(plain[0]), *map(with_contract_arguments, plain, quantized)
+    return tuple(map(with_contract_arguments, plain, quantized))
 
 
 OP = Op(

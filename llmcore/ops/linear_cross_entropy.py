@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore.dispatch import Candidate, Op, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.cross_entropy import (
     REDUCTIONS,
@@ -178,9 +178,11 @@ OP = Op(
     reference,
     check,
     samples,
-    tuple(map(with_options, native_candidates("linear_cross_entropy", refuses, into=False))),
+    (
+        triton_candidate("linear_cross_entropy", into=False),
+        *map(with_options, native_candidates("linear_cross_entropy", refuses, into=False)),
+    ),
     arguments=arguments,
-    triton="no Triton kernel yet",
     cuda="no CUDA kernel: the two products are the GPU library's, the rest is Triton's",
 )
 

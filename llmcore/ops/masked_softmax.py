@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore.dispatch import Candidate, Op, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -118,10 +118,20 @@ def samples(draw: Draw) -> Iterator[Sample]:
 
 
 def refuses(x: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float) -> list[str]:
-    reasons = native.refuses_tensors(x)
+    return native.refuses_tensors(x) + refuses_gradient(mask)
+
+
+def refuses_triton(
+    x: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float
+) -> list[str]:
+    return contract.refuses_wide_rows(x) + refuses_gradient(mask)
+
+
+def refuses_gradient(mask: torch.Tensor | None) -> list[str]:
+    """Why a mask's gradient needs the definition."""
     if contract.wants_gradient(mask):
-        reasons.append("mask requires a gradient: these kernels have none for it")
-    return reasons
+        return ["mask requires a gradient: these kernels have none for it"]
+    return []
 
 
 @native.fake("masked_softmax_forward")
@@ -144,9 +154,11 @@ OP = Op(
     reference,
     check,
     samples,
-    native_candidates("masked_softmax", refuses),
+    (
+        triton_candidate("masked_softmax", refuses_triton),
+        *native_candidates("masked_softmax", refuses),
+    ),
     arguments=arguments,
-    triton="no Triton kernel yet",
     cuda="no CUDA kernel yet",
 )
 

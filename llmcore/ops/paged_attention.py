@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore.dispatch import Candidate, Op, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.attention import (
     check_extra,
@@ -58,6 +58,8 @@ from llmcore.ops.attention_native import (
     raw_arguments,
     raw_scales,
     refuses_stored,
+    refuses_widths,
+    wants_any_gradient,
 )
 from llmcore.ops.sample import Draw, Sample
 
@@ -192,10 +194,24 @@ def refuses(
     extra = pages.extra
     if k_pages.dtype != q.dtype:
         return refuses_stored(q, k_pages, v_pages, extra)
-    reasons = native.refuses_tensors(q, k_pages, v_pages)
-    if contract.wants_gradient(q, k_pages, v_pages, extra.sinks, extra.alibi_slopes):
-        reasons.append("an input requires a gradient: these kernels have no backward pass")
-    return reasons
+    return native.refuses_tensors(q, k_pages, v_pages) + refuses_gradient(
+        q, k_pages, v_pages, extra
+    )
+
+
+def refuses_triton(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, pages: Pages, options: Options
+) -> list[str]:
+    return refuses_widths(q, v_pages) + refuses_gradient(q, k_pages, v_pages, pages.extra)
+
+
+def refuses_gradient(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, extra: Extra
+) -> list[str]:
+    """Why gradients need the definition."""
+    if wants_any_gradient(q, k_pages, v_pages, extra):
+        return ["an input requires a gradient: these kernels have no backward pass"]
+    return []
 
 
 @native.fake("paged_attention_forward")
@@ -240,14 +256,14 @@ OP = Op(
     reference,
     check,
     samples,
-    tuple(
-        map(
+    (
+        triton_candidate("paged_attention", refuses_triton, backward=False, into=False),
+        *map(
             with_contract_arguments,
             native_candidates("paged_attention", refuses, backward=False, into=False),
-        )
+        ),
     ),
     arguments=arguments,
-    triton="no Triton kernel yet",
     cuda="no CUDA kernel yet",
 )
 

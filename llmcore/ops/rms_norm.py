@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates, triton_candidate
+from llmcore.dispatch import Candidate, Op, cuda_candidate, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -53,14 +53,6 @@ def check(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6
 
 def refuses(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> list[str]:
     return native.refuses_tensors(x, weight)
-
-
-def refuses_triton(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> list[str]:
-    if x.dtype == torch.float64:
-        return ["torch.float64: this kernel computes in float32"]
-    if x.shape[-1] > 65536:
-        return [f"width {x.shape[-1]}: this kernel holds a row of at most 65536 in registers"]
-    return []
 
 
 @native.fake("rms_norm_forward")
@@ -94,13 +86,20 @@ def samples(draw: Draw) -> Iterator[Sample]:
     yield Sample("tiny_values", (draw.normal(4, 65) * 1e-4, draw.normal(65), 1e-6))
 
 
+def refuses_cuda(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> list[str]:
+    return contract.refuses_cuda_rows(x, weight)
+
+
 OP = Op(
     "rms_norm",
     reference,
     check,
     samples,
-    (triton_candidate("rms_norm", refuses_triton), *native_candidates("rms_norm", refuses)),
-    cuda="no CUDA kernel yet",
+    (
+        cuda_candidate("rms_norm", refuses_cuda),
+        triton_candidate("rms_norm", contract.refuses_wide_rows),
+        *native_candidates("rms_norm", refuses),
+    ),
 )
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore.dispatch import Candidate, Op, cuda_candidate, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -114,12 +114,31 @@ def _(
 
 
 def refuses(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> list[str]:
-    reasons = native.refuses_tensors(x, cos, sin)
+    return native.refuses_tensors(x, cos, sin) + refuses_angles(x, cos, sin, interleaved)
+
+
+def refuses_cuda(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> list[str]:
+    return native.refuses_kinds(x, cos, sin) + refuses_angles(x, cos, sin, interleaved)
+
+
+def refuses_angles(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> list[str]:
+    reasons = refuses_gradient(x, cos, sin, interleaved)
     if cos.dtype != sin.dtype:
         reasons.append(f"cos in {cos.dtype}, sin in {sin.dtype}: these kernels take one dtype")
-    if contract.wants_gradient(cos, sin):
-        reasons.append("cos or sin requires a gradient: these kernels have that of x only")
     return reasons
+
+
+def refuses_gradient(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> list[str]:
+    """Why the angles' gradient needs the definition."""
+    if contract.wants_gradient(cos, sin):
+        return ["cos or sin requires a gradient: these kernels have that of x only"]
+    return []
 
 
 OP = Op(
@@ -127,10 +146,12 @@ OP = Op(
     reference,
     check,
     samples,
-    native_candidates("rope", refuses),
+    (
+        cuda_candidate("rope", refuses_cuda),
+        triton_candidate("rope", refuses_gradient),
+        *native_candidates("rope", refuses),
+    ),
     arguments=arguments,
-    triton="no Triton kernel yet",
-    cuda="no CUDA kernel: one elementwise pass is Triton's to fuse",
 )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore.dispatch import Candidate, Op, cuda_candidate, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -103,15 +103,31 @@ def refuses(x: torch.Tensor, dim: int) -> list[str]:
     return native.refuses_tensors(x)
 
 
+def refuses_cuda(x: torch.Tensor, dim: int) -> list[str]:
+    row = x.movedim(dim, -1) if x.ndim else x
+    return contract.refuses_cuda_rows(row, limit=contract.CUDA_ROW)
+
+
+def refuses_triton(x: torch.Tensor, dim: int) -> list[str]:
+    return contract.refuses_wide_rows(x, axis=dim)
+
+
 OP = Op(
     "softmax",
     reference,
     check,
     samples,
-    tuple(map(last_axis, native_candidates("softmax", refuses))),
+    tuple(
+        map(
+            last_axis,
+            (
+                cuda_candidate("softmax", refuses_cuda),
+                triton_candidate("softmax", refuses_triton),
+                *native_candidates("softmax", refuses),
+            ),
+        )
+    ),
     arguments=arguments,
-    triton="no Triton kernel yet",
-    cuda="no CUDA kernel yet",
 )
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore.dispatch import Candidate, Op, cuda_candidate, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.sample import Draw, Sample
 
@@ -67,14 +67,20 @@ def refuses(gate: torch.Tensor, up: torch.Tensor) -> list[str]:
     return native.refuses_tensors(gate, up)
 
 
+def refuses_cuda(gate: torch.Tensor, up: torch.Tensor) -> list[str]:
+    return native.refuses_kinds(gate, up)
+
+
 OP = Op(
     "swiglu",
     reference,
     check,
     samples,
-    native_candidates("swiglu", refuses),
-    triton="no Triton kernel yet",
-    cuda="no CUDA kernel: one elementwise pass is Triton's to fuse",
+    (
+        cuda_candidate("swiglu", refuses_cuda),
+        triton_candidate("swiglu"),
+        *native_candidates("swiglu", refuses),
+    ),
 )
 
 

@@ -1,6 +1,6 @@
 """One process or several: torch's own DistributedDataParallel and FSDP2, started by torchrun.
 
-    torchrun --nproc-per-node 2 -m llmcore.cli pretrain ... --parallel ddp
+    torchrun --nproc-per-node 2 -m llmcore pretrain ... --parallel ddp
 
 All processes go through the same steps; what differs is which batches of a step they take. A sum
 over them is all that the training loop asks for.

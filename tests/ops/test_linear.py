@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import llmcore
 from llmcore import native, ops
 from llmcore.dispatch import REGISTRY, Candidate
-from llmcore.ops.linear import HAS_BFLOAT16_PAIRS, TORCH_ROWS, rounded_to_int8
+from llmcore.ops.linear import rounded_to_int8
 from llmcore.ops.packed_weight import FORMATS, PackedWeight, from_integers
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -65,50 +65,6 @@ def test_linear_out_takes_the_result() -> None:
     room = torch.empty(2, 5, 9)
     assert ops.linear(x, weight, bias, out=room) is room
     assert torch.equal(room, ops.linear(x, weight, bias))
-
-
-def test_linear_many_rows_of_bfloat16_are_torchs() -> None:
-    """Where the CPU multiplies pairs of it; what promises the same bits in any batch is not."""
-
-    def chosen(rows: int, weight: torch.Tensor | PackedWeight, dtype: torch.dtype) -> str:
-        explanation = llmcore.explain("linear", torch.randn(2, rows // 2, 64).to(dtype), weight)
-        has_remark = "bits may depend on the number of rows" in str(explanation)
-        assert has_remark == (explanation.chosen == "torch")
-        return explanation.chosen
-
-    here, weight = chosen(2, torch.randn(9, 64), torch.float32), torch.randn(9, 64).bfloat16()
-    pairs = here == "cpu" and HAS_BFLOAT16_PAIRS
-    assert chosen(TORCH_ROWS, weight, torch.bfloat16) == ("torch" if pairs else here)
-    assert chosen(TORCH_ROWS - 2, weight, torch.bfloat16) == here
-    assert chosen(TORCH_ROWS, weight.float(), torch.float32) == here
-    assert chosen(TORCH_ROWS, llmcore.pack(weight, "bf16"), torch.bfloat16) == here
-
-
-def test_linear_many_rows_of_bfloat16_compile_fullgraph() -> None:
-    leaves = [torch.randn(n, 64).bfloat16().requires_grad_() for n in (TORCH_ROWS, 9)]
-    torch._dynamo.reset()
-    results = []
-    for function in (ops.linear, torch.compile(ops.linear, fullgraph=True, backend="aot_eager")):
-        y = function(*leaves)
-        results.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y))))
-    torch.testing.assert_close(*results)
-
-
-def test_linear_by_torch_takes_out_and_gives_gradients() -> None:
-    if why := REGISTRY["linear"].candidate("torch").machine:
-        pytest.skip(why)
-    tensors = [torch.randn(2, 5, 33), torch.randn(9, 33), torch.randn(9)]
-    cotangent, results = torch.randn(2, 5, 9), []
-    for backend in ("torch", "cpu"):
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        with llmcore.use(backend):
-            y = ops.linear(*leaves)
-            results.append((y, *torch.autograd.grad(y, leaves, cotangent)))
-            for bias in (tensors[2], None):
-                room = torch.empty(2, 5, 9)
-                ops.linear(*tensors[:2], bias, out=room)
-                torch.testing.assert_close(room, ops.linear(*tensors[:2], bias))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_linear_autocast() -> None:

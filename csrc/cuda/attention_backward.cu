@@ -1,0 +1,286 @@
+// attention, backward, deterministic and without atomics (Dao, FlashAttention-2, 2023, section 3.1.2, in two passes).
+//
+// First delta, each row's dout . out; then a pass in which a block has keys and walks over the queries that see them,
+// of all heads that share them (dk, dv), and one in which a block has queries and walks over keys (dq). Both compute
+// scores and weights anew from lse: 7 products where one pass with atomic sums of dq would do 5. Scores are kept
+// transposed in the first pass, so that in both the weights feed the next product from registers.
+#include "attention.cuh"
+
+namespace llmcore::cuda {
+
+struct BackwardProblem {
+  AttentionBackward op;
+  float* delta;  // (B, H, T)
+};
+
+// A warp for each row.
+template <typename T, int D>
+__global__ void __launch_bounds__(WARPS * 32) attention_delta_kernel(const BackwardProblem whole) {
+  const AttentionBackward& op = whole.op;
+  const AttentionProblem& p = op.problem;
+  const int lane = threadIdx.x % 32;
+  const int64_t row = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
+  if (row >= p.B * p.H * p.T) return;
+  const int64_t t = row % p.T, h = row / p.T % p.H, b = row / p.T / p.H;
+  const T* out = static_cast<const T*>(op.out) + b * op.out_strides[0] + h * op.out_strides[1] + t * op.out_strides[2];
+  const T* dout =
+      static_cast<const T*>(op.dout) + b * op.dout_strides[0] + h * op.dout_strides[1] + t * op.dout_strides[2];
+  float sum = 0.0f;
+  if (lane < Tile<D>::PIECES) {
+    const Vector<T> x = load_vector(out + lane * 8), y = load_vector(dout + lane * 8);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum += widen(x.values[i]) * widen(y.values[i]);
+  }
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+  // The gradient of a row's lse reaches its scores as -delta does.
+  if (lane == 0) whole.delta[row] = sum - (op.dlse == nullptr ? 0.0f : op.dlse[row]);
+}
+
+// Scores s and products dp = dout v^T of a tile become weights and the scores' gradients, but for the scale.
+// lse(m, n, i) and delta(m, n, i) are those of an element's row.
+template <bool TRANSPOSED, int M, int N, typename Lse, typename Delta>
+__device__ void weights_and_gradients(float (&s)[M][N][4], float (&dp)[M][N][4], const Scores& scores, const Keys& keys,
+                                      bool masked, int64_t row, int first_key, int lane, Lse lse, Delta delta) {
+  scores.cap(s);
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float score = s[m][n][i];
+        const float weight = exp2_approximately(fmaf(score, scores.factor, -lse(m, n, i) * LOG2E));
+        float gradient = weight * (dp[m][n][i] - delta(m, n, i));
+        if (scores.softcap > 0.0f) gradient *= 1.0f - (score / scores.softcap) * (score / scores.softcap);
+        s[m][n][i] = weight;
+        dp[m][n][i] = gradient;
+      }
+    }
+  }
+  if (!masked) return;
+  mask_outside<TRANSPOSED>(s, keys, row, first_key, 0.0f, lane);
+  mask_outside<TRANSPOSED>(dp, keys, row, first_key, 0.0f, lane);
+}
+
+template <int D>
+struct KeysShape {
+  static constexpr int M = D == 64 ? 2 : 1, BLOCK_K = WARPS * 16 * M, BLOCK_Q = 32, N = BLOCK_Q / 8, STAGES = 2;
+  static constexpr int KEYS_BYTES = BLOCK_K * D * 2, TILE_BYTES = BLOCK_Q * D * 2, STAGE_BYTES = 2 * TILE_BYTES;
+  static constexpr int ROWS_BYTES = BLOCK_Q * 4;  // lse or delta
+  static constexpr int SHARED_BYTES = 2 * KEYS_BYTES + STAGES * (STAGE_BYTES + 2 * ROWS_BYTES);
+};
+
+template <typename T, int D>
+__global__ void __launch_bounds__(WARPS * 32) attention_backward_keys_kernel(const BackwardProblem whole) {
+  using Shape = KeysShape<D>;
+  constexpr int M = Shape::M, N = Shape::N, BLOCK_K = Shape::BLOCK_K, BLOCK_Q = Shape::BLOCK_Q;
+  const AttentionBackward& op = whole.op;
+  const AttentionProblem& p = op.problem;
+  extern __shared__ __align__(128) char shared[];
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int64_t b = blockIdx.z, g = blockIdx.y, share = p.H / p.G;
+  const int first_key = int(blockIdx.x) * BLOCK_K, rows = int(p.S - first_key < BLOCK_K ? p.S - first_key : BLOCK_K);
+  const uint32_t k_tile = shared_address(shared), v_tile = k_tile + Shape::KEYS_BYTES;
+  const uint32_t stages = v_tile + Shape::KEYS_BYTES, row_stages = stages + Shape::STAGES * Shape::STAGE_BYTES;
+  const float* row_values = reinterpret_cast<const float*>(shared + (row_stages - k_tile));
+
+  const Keys keys(p, b);
+  const Scores scores(p);
+  // Queries [from, to) see a key of this block.
+  int from = first_key - keys.offset - keys.right, to = first_key + BLOCK_K + keys.left - keys.offset;
+  from = from > 0 ? from : 0;
+  to = first_key >= keys.length ? 0 : to < p.T ? to : int(p.T);
+  const int first_block = from / BLOCK_Q, blocks = to > from ? (to + BLOCK_Q - 1) / BLOCK_Q - first_block : 0;
+  const int turns = blocks * int(share);
+  // The next turn to fetch: its head, of those that share these keys, and first query.
+  int next_head = 0, next_query = first_block * BLOCK_Q;
+  const auto fetch = [&](int turn) {
+    const int64_t h = g * share + next_head;
+    const int t = next_query;
+    const int valid = int(p.T - t < BLOCK_Q ? p.T - t : BLOCK_Q);
+    const uint32_t stage = stages + turn % Shape::STAGES * Shape::STAGE_BYTES;
+    const T* q = static_cast<const T*>(p.q) + b * p.q_strides[0] + h * p.q_strides[1] + t * p.q_strides[2];
+    const T* dout =
+        static_cast<const T*>(op.dout) + b * op.dout_strides[0] + h * op.dout_strides[1] + t * op.dout_strides[2];
+    Tile<D>::template copy<BLOCK_Q>(stage, q, p.q_strides[2], valid, thread, WARPS * 32);
+    Tile<D>::template copy<BLOCK_Q>(stage + Shape::TILE_BYTES, dout, op.dout_strides[2], valid, thread, WARPS * 32);
+    if (thread < 2 * BLOCK_Q) {
+      const int row = thread % BLOCK_Q;
+      const float* values = (thread < BLOCK_Q ? op.lse : whole.delta) + (b * p.H + h) * p.T + t;
+      copy_float_async(row_stages + turn % Shape::STAGES * 2 * Shape::ROWS_BYTES + thread * 4, values + row,
+                       row < valid);
+    }
+    next_query += BLOCK_Q;
+    if (next_query == (first_block + blocks) * BLOCK_Q) next_head += 1, next_query = first_block * BLOCK_Q;
+  };
+
+  const T* k = static_cast<const T*>(p.k) + b * p.k_strides[0] + g * p.k_strides[1] + first_key * p.k_strides[2];
+  const T* v = static_cast<const T*>(p.v) + b * p.v_strides[0] + g * p.v_strides[1] + first_key * p.v_strides[2];
+  Tile<D>::template copy<BLOCK_K>(k_tile, k, p.k_strides[2], keys.length - first_key, thread, WARPS * 32);
+  Tile<D>::template copy<BLOCK_K>(v_tile, v, p.v_strides[2], keys.length - first_key, thread, WARPS * 32);
+  int query = next_query;
+  if (turns > 0) fetch(0);
+  commit_copies();
+  const int own = 16 * M * warp;
+  const uint32_t k_base = left_base<D>(k_tile + rows_down<D>(own), lane);
+  const uint32_t v_base = left_base<D>(v_tile + rows_down<D>(own), lane);
+
+  float dk[M][D / 8][4] = {}, dv[M][D / 8][4] = {};
+  for (int turn = 0; turn < turns; ++turn) {
+    const int t = query;
+    wait_copies<0>();
+    __syncthreads();  // this turn's queries are there, and no warp reads the last one's any more
+    query = next_query;
+    if (turn + 1 < turns) fetch(turn + 1);
+    commit_copies();
+    const uint32_t q_tile = stages + turn % Shape::STAGES * Shape::STAGE_BYTES, dout_tile = q_tile + Shape::TILE_BYTES;
+    const float* lse = row_values + turn % Shape::STAGES * 2 * BLOCK_Q;
+    float s[M][N][4] = {}, dp[M][N][4] = {};
+    multiply_rows<T, D>(
+        s, [&](uint32_t (&a)[M][4], int step) { load_left<D>(a, k_base, step); }, right_base<D>(q_tile, lane));
+    multiply_rows<T, D>(
+        dp, [&](uint32_t (&a)[M][4], int step) { load_left<D>(a, v_base, step); }, right_base<D>(dout_tile, lane));
+    const int last = t + BLOCK_Q <= p.T ? t + BLOCK_Q - 1 : int(p.T) - 1;
+    const bool masked = first_key < keys.low(last) || first_key + BLOCK_K > keys.high(t);
+    const auto column = [&](int n, int i) { return 8 * n + 2 * (lane % 4) + i % 2; };
+    weights_and_gradients<true>(
+        s, dp, scores, keys, masked, t, first_key + own, lane, [&](int, int n, int i) { return lse[column(n, i)]; },
+        [&](int, int n, int i) { return lse[BLOCK_Q + column(n, i)]; });
+    multiply_columns<T, D>(dv, s, left_base<D>(dout_tile, lane));
+    multiply_columns<T, D>(dk, dp, left_base<D>(q_tile, lane));
+  }
+  wait_copies<0>();
+  if (turns == 0) __syncthreads();  // the tiles that are written below have arrived for all
+
+  float dk_factor[M][2], dv_factor[M][2];
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) dk_factor[m][half] = p.scale, dv_factor[m][half] = 1.0f;
+  __syncwarp();
+  store_tile<T, D>(k_tile + rows_down<D>(own), dk, dk_factor, lane);
+  store_tile<T, D>(v_tile + rows_down<D>(own), dv, dv_factor, lane);
+  __syncwarp();
+  T* dk_rows =
+      static_cast<T*>(op.dk) + b * op.dk_strides[0] + g * op.dk_strides[1] + (first_key + own) * op.dk_strides[2];
+  T* dv_rows =
+      static_cast<T*>(op.dv) + b * op.dv_strides[0] + g * op.dv_strides[1] + (first_key + own) * op.dv_strides[2];
+  write_tile<T, D, 16 * M>(k_tile + rows_down<D>(own), dk_rows, op.dk_strides[2], rows - own, lane);
+  write_tile<T, D, 16 * M>(v_tile + rows_down<D>(own), dv_rows, op.dv_strides[2], rows - own, lane);
+}
+
+template <int D>
+struct QueriesShape {
+  static constexpr int M = 2, BLOCK_M = WARPS * 16 * M, BLOCK_N = 32, N = BLOCK_N / 8, STAGES = 2;
+  static constexpr int QUERIES_BYTES = BLOCK_M * D * 2, TILE_BYTES = BLOCK_N * D * 2, STAGE_BYTES = 2 * TILE_BYTES;
+  static constexpr int SHARED_BYTES = 2 * QUERIES_BYTES + STAGES * STAGE_BYTES;
+};
+
+template <typename T, int D>
+__global__ void __launch_bounds__(WARPS * 32) attention_backward_queries_kernel(const BackwardProblem whole) {
+  using Shape = QueriesShape<D>;
+  constexpr int M = Shape::M, N = Shape::N, BLOCK_M = Shape::BLOCK_M, BLOCK_N = Shape::BLOCK_N;
+  const AttentionBackward& op = whole.op;
+  const AttentionProblem& p = op.problem;
+  extern __shared__ __align__(128) char shared[];
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int64_t b = blockIdx.z, h = blockIdx.y, g = h / (p.H / p.G);
+  const int64_t first_row = int64_t(gridDim.x - 1 - blockIdx.x) * BLOCK_M;
+  const int rows = int(p.T - first_row < BLOCK_M ? p.T - first_row : BLOCK_M);
+  const T* q = static_cast<const T*>(p.q) + b * p.q_strides[0] + h * p.q_strides[1] + first_row * p.q_strides[2];
+  const T* dout =
+      static_cast<const T*>(op.dout) + b * op.dout_strides[0] + h * op.dout_strides[1] + first_row * op.dout_strides[2];
+  const T* k = static_cast<const T*>(p.k) + b * p.k_strides[0] + g * p.k_strides[1];
+  const T* v = static_cast<const T*>(p.v) + b * p.v_strides[0] + g * p.v_strides[1];
+  const uint32_t q_tile = shared_address(shared), dout_tile = q_tile + Shape::QUERIES_BYTES;
+  const uint32_t stages = dout_tile + Shape::QUERIES_BYTES;
+
+  const Keys keys(p, b);
+  const Scores scores(p);
+  const int first_block = keys.low(first_row) / BLOCK_N;
+  const int blocks = int(ceil_div(keys.high(first_row + rows - 1), BLOCK_N));
+  const int whole_from = int(ceil_div(keys.low(first_row + rows - 1), BLOCK_N)),
+            whole_to = keys.high(first_row) / BLOCK_N;
+  const auto fetch = [&](int block) {
+    const int key = block * BLOCK_N;
+    const uint32_t stage = stages + block % Shape::STAGES * Shape::STAGE_BYTES;
+    Tile<D>::template copy<BLOCK_N>(stage, k + key * p.k_strides[2], p.k_strides[2], keys.length - key, thread,
+                                    WARPS * 32);
+    Tile<D>::template copy<BLOCK_N>(stage + Shape::TILE_BYTES, v + key * p.v_strides[2], p.v_strides[2],
+                                    keys.length - key, thread, WARPS * 32);
+  };
+  Tile<D>::template copy<BLOCK_M>(q_tile, q, p.q_strides[2], rows, thread, WARPS * 32);
+  Tile<D>::template copy<BLOCK_M>(dout_tile, dout, op.dout_strides[2], rows, thread, WARPS * 32);
+  if (first_block < blocks) fetch(first_block);
+  commit_copies();
+  const int own = 16 * M * warp;
+  const uint32_t q_base = left_base<D>(q_tile + rows_down<D>(own), lane);
+  const uint32_t dout_base = left_base<D>(dout_tile + rows_down<D>(own), lane);
+
+  float lse[M][2], delta[M][2], factor[M][2];
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = own + 16 * m + 8 * half + lane / 4;
+      const int64_t place = (b * p.H + h) * p.T + first_row + row;
+      lse[m][half] = row < rows ? op.lse[place] : 0.0f;
+      delta[m][half] = row < rows ? whole.delta[place] : 0.0f;
+      factor[m][half] = p.scale;
+    }
+  }
+  float dq[M][D / 8][4] = {};
+  for (int block = first_block; block < blocks; ++block) {
+    wait_copies<0>();
+    __syncthreads();
+    if (block + 1 < blocks) fetch(block + 1);
+    commit_copies();
+    const uint32_t k_tile = stages + block % Shape::STAGES * Shape::STAGE_BYTES, v_tile = k_tile + Shape::TILE_BYTES;
+    float s[M][N][4] = {}, dp[M][N][4] = {};
+    multiply_rows<T, D>(
+        s, [&](uint32_t (&a)[M][4], int step) { load_left<D>(a, q_base, step); }, right_base<D>(k_tile, lane));
+    multiply_rows<T, D>(
+        dp, [&](uint32_t (&a)[M][4], int step) { load_left<D>(a, dout_base, step); }, right_base<D>(v_tile, lane));
+    weights_and_gradients<false>(
+        s, dp, scores, keys, block < whole_from || block >= whole_to, first_row + own, block * BLOCK_N, lane,
+        [&](int m, int, int i) { return lse[m][i / 2]; }, [&](int m, int, int i) { return delta[m][i / 2]; });
+    multiply_columns<T, D>(dq, dp, left_base<D>(k_tile, lane));
+  }
+  wait_copies<0>();
+  if (first_block >= blocks) __syncthreads();
+  __syncwarp();
+  store_tile<T, D>(q_tile + rows_down<D>(own), dq, factor, lane);
+  __syncwarp();
+  T* dq_rows =
+      static_cast<T*>(op.dq) + b * op.dq_strides[0] + h * op.dq_strides[1] + (first_row + own) * op.dq_strides[2];
+  write_tile<T, D, 16 * M>(q_tile + rows_down<D>(own), dq_rows, op.dq_strides[2], rows - own, lane);
+}
+
+size_t attention_backward_workspace(const AttentionBackward& op) {
+  return size_t(op.problem.B * op.problem.H * op.problem.T) * sizeof(float);
+}
+
+// 2 dtypes x 2 widths = 4 builds of each of the 3 kernels.
+int attention_backward(const AttentionBackward& op, void* workspace, Stream stream) {
+  const AttentionProblem& p = op.problem;
+  if (!takes_tensor_cores(p)) return cudaErrorInvalidValue;
+  const BackwardProblem whole{op, static_cast<float*>(workspace)};
+  return with_type_and_width(p, [&](auto zero, auto width) {
+    using T = decltype(zero);
+    constexpr int D = decltype(width)::value;
+    const dim3 threads(WARPS * 32), per_row(unsigned(ceil_div(p.B * p.H * p.T, WARPS)));
+    const dim3 per_keys(unsigned(ceil_div(p.S, KeysShape<D>::BLOCK_K)), unsigned(p.G), unsigned(p.B));
+    const dim3 per_queries(unsigned(ceil_div(p.T, QueriesShape<D>::BLOCK_M)), unsigned(p.H), unsigned(p.B));
+    int error = launch(attention_delta_kernel<T, D>, per_row, threads, 0, stream, whole);
+    if (error == cudaSuccess) {
+      error =
+          launch(attention_backward_keys_kernel<T, D>, per_keys, threads, KeysShape<D>::SHARED_BYTES, stream, whole);
+    }
+    if (error != cudaSuccess) return error;
+    return launch(attention_backward_queries_kernel<T, D>, per_queries, threads, QueriesShape<D>::SHARED_BYTES, stream,
+                  whole);
+  });
+}
+
+}  // namespace llmcore::cuda

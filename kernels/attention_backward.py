@@ -1,0 +1,457 @@
+"""attention in Triton: the backward pass, in three kernels without atomics.
+
+delta_kernel: a row's dy . y, less the gradient of its lse. key_kernel: a program keeps a tile of
+keys and values and walks over the packed query rows that see it, for dk and dv; the heads of a
+group are rows like others, so their sum is the program's own. query_kernel: a program keeps a tile
+of rows and walks over keys, as forward does, for dq. The weights are computed again in both, from
+lse: 7 products of 2 T S D operations where the least is 5, for the same bits on every run.
+
+Registers a thread, of 255: key_kernel BLOCK_N * (BLOCK_D + BLOCK_DV) / threads for dk and dv, and
+BLOCK_M * BLOCK_N / threads each for the scores and for their gradient; query_kernel BLOCK_M *
+BLOCK_D / threads, and the same two.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from . import attention_scores as common
+from .attention import (
+    by_rows,
+    constants,
+    extra_of,
+    operand,
+    statistic,
+    widths,
+)
+from .attention_scores import Extra, Operand, Shape
+from .launch import factors, launch, target
+
+
+@triton.jit
+def delta_kernel(
+    dy,
+    y,
+    dlse,
+    delta,
+    rows,
+    heads,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(rows, ROWS)
+    index = tl.program_id(0) // blocks
+    batch, head = (index // heads).to(tl.int64), (index % heads).to(tl.int64)
+    row = ((tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows)[:, None] & (column < WIDTH)
+    start = dy.data + batch * dy.batch + head * dy.head
+    left = tl.load(start + row[:, None] * dy.row + column, inside, other=0.0).to(tl.float32)
+    start = y.data + batch * y.batch + head * y.head
+    right = tl.load(start + row[:, None] * y.row + column, inside, other=0.0).to(tl.float32)
+
+    total = tl.sum(left * right, 1)
+    if dlse is not None:
+        at = batch * dlse.batch + head * dlse.head + row * dlse.row
+        total -= tl.load(dlse.data + at, row < rows, other=0.0)
+
+    at = batch * delta.batch + head * delta.head + row * delta.row
+    tl.store(delta.data + at, total, row < rows)
+
+
+@triton.jit
+def load_statistics(lse, delta, batch, first_row, group, row, limit, SHARE: tl.constexpr):
+    """lse in units of log2 in parts, high + low + log2(1 / power), and delta; of existing rows.
+
+    In float32 a weight 2^(s - lse) would lose the bits that a difference of large numbers has not:
+    so lse's whole part, where it is moderate, becomes a power of 2 to multiply by.
+    A row that attends to nothing, or is none, counts as having an infinite sum: its weights are 0.
+    """
+    inside = row < limit
+    head = (group * SHARE + row % SHARE).to(tl.int64)
+    query = first_row + row // SHARE
+    at = batch * lse.batch + head * lse.head + query * lse.row
+    value = tl.load(lse.data + at, inside, other=float("inf"))
+    value = tl.where(value == float("-inf"), float("inf"), value)
+    high = value * 1.4426950408889634
+    # What the product lost, and what float32 lacks of log2(e).
+    low = tl.fma(value, 1.4426950408889634, -high) + value * 1.925963033500996e-08
+    low = tl.where(value == float("inf"), 0.0, low)
+    whole = tl.where(tl.abs(high) < 64.0, tl.floor(high), 0.0)
+    at = batch * delta.batch + head * delta.head + query * delta.row
+    power = tl.math.exp2(-whole)
+    return high - whole, low, power, tl.load(delta.data + at, inside, other=0.0)
+
+
+@triton.jit
+def weights_and_slopes(
+    product,
+    dproduct,
+    high_part,
+    low_part,
+    power,
+    delta,
+    batch,
+    head,
+    query,
+    key,
+    rows,
+    keys,
+    low,
+    high,
+    offset,
+    shape,
+    extra,
+    SHARE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The weights as they met v, and the gradient of q . k but for the scale, of one tile.
+
+    `product` is q . k and `dproduct` dy . v; statistics broadcast to the tile.
+    """
+    inside = (query < rows) & (key < keys)
+    score, slope = common.scores(product, batch, head, query, key, offset, inside, extra)
+    weight = tl.math.exp2(tl.fma(score, extra.factor, -high_part) - low_part) * power
+    if MASKED:
+        seen = common.visible(batch, head, query, key, low, high, inside, extra)
+        weight = tl.where(seen, weight, 0.0)
+    used = weight
+    if extra.kept is not None:
+        keep = common.kept(batch, head, query, key, shape, extra, SHARE)
+        used = tl.where(keep, weight * extra.kept, 0.0)
+        dproduct = tl.where(keep, dproduct * extra.kept, 0.0)
+    gradient = weight * (dproduct - delta) * slope
+    if MASKED:
+        gradient = tl.where(seen, gradient, 0.0)
+    return used, gradient
+
+
+@triton.jit
+def key_kernel(
+    q,
+    k,
+    v,
+    dy,
+    lse,
+    delta,
+    dk,
+    dv,
+    shape,
+    extra,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BATCHES: tl.constexpr,
+    SHARE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    batch, group, tile = common.place(shape, BATCHES)
+    first_row, rows, first_key, keys, offset = common.sequence(batch, shape, extra)
+    low, high = common.band(offset, extra)
+    key_row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    key = key_row[:, None]
+    limit = rows * SHARE
+    begin, full_begin, full_end, end = common.rows_of_keys(
+        tile * BLOCK_N, tile * BLOCK_N + BLOCK_N - 1, low, high, rows, extra, SHARE, BLOCK_M
+    )
+    end = tl.where(tile * BLOCK_N < keys, end, begin)
+    full_begin = tl.minimum(full_begin, tl.maximum(end, begin))
+    full_end = tl.minimum(full_end, tl.maximum(end, full_begin))
+    k_tile = common.load_rows(
+        k, batch, first_key, group, key_row, keys, 1, WIDTH, BLOCK_D, True
+    ).to(COMPUTE)
+    v_tile = common.load_rows(
+        v, batch, first_key, group, key_row, keys, 1, VALUE_WIDTH, BLOCK_DV, True
+    ).to(COMPUTE)
+    dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+
+    for phase in tl.static_range(3):
+        if phase == 0:
+            start, stop = begin, full_begin
+        elif phase == 1:
+            start, stop = full_begin, full_end
+        else:
+            start, stop = full_end, end
+        if (phase == 2) or (extra.mask is None and (phase == 1 or extra.right is not None)):
+            for block in tl.range(start, stop, BLOCK_M):
+                row = block + tl.arange(0, BLOCK_M)
+                query = (row // SHARE)[None, :]
+                head = (group * SHARE + row % SHARE)[None, :]
+                q_tile = common.load_rows(
+                    q, batch, first_row, group, row, limit, SHARE, WIDTH, BLOCK_D, phase != 1
+                ).to(COMPUTE)
+                dy_tile = common.load_rows(
+                    dy,
+                    batch,
+                    first_row,
+                    group,
+                    row,
+                    limit,
+                    SHARE,
+                    VALUE_WIDTH,
+                    BLOCK_DV,
+                    phase != 1,
+                ).to(COMPUTE)
+                high_part, low_part, power, row_delta = load_statistics(
+                    lse, delta, batch, first_row, group, row, limit, SHARE
+                )
+                weight, gradient = weights_and_slopes(
+                    tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION),
+                    tl.dot(v_tile, tl.trans(dy_tile), input_precision=PRECISION),
+                    high_part[None, :],
+                    low_part[None, :],
+                    power[None, :],
+                    row_delta[None, :],
+                    batch,
+                    head,
+                    query,
+                    key,
+                    rows,
+                    keys,
+                    low,
+                    high,
+                    offset,
+                    shape,
+                    extra,
+                    SHARE,
+                    phase != 1,
+                )
+                dv_tile = tl.dot(weight.to(COMPUTE), dy_tile, dv_tile, input_precision=PRECISION)
+                if phase != 1:
+                    q_tile = tl.where(common.is_finite(q_tile), q_tile, 0.0)
+                dk_tile = tl.dot(gradient.to(COMPUTE), q_tile, dk_tile, input_precision=PRECISION)
+
+    column = tl.arange(0, BLOCK_D)[None, :]
+    at = batch * dk.batch + group.to(tl.int64) * dk.head + (first_key + key) * dk.row
+    inside = (key < capacity(keys, shape)) & (column < WIDTH)
+    dk_tile = tl.where(key < keys, dk_tile * extra.scale, 0.0)
+    tl.store(dk.data + at + column, dk_tile.to(dk.data.dtype.element_ty), inside)
+    column = tl.arange(0, BLOCK_DV)[None, :]
+    at = batch * dv.batch + group.to(tl.int64) * dv.head + (first_key + key) * dv.row
+    inside = (key < capacity(keys, shape)) & (column < VALUE_WIDTH)
+    dv_tile = tl.where(key < keys, dv_tile, 0.0)
+    tl.store(dv.data + at + column, dv_tile.to(dv.data.dtype.element_ty), inside)
+
+
+@triton.jit
+def capacity(keys, shape):
+    """Rows of dk and dv: those past kv_lengths are zeros, those of packed sequences the next's."""
+    if shape.ends_k is None:
+        keys = keys * 0 + shape.keys
+    return keys
+
+
+@triton.jit
+def query_kernel(
+    q,
+    k,
+    v,
+    dy,
+    lse,
+    delta,
+    dq,
+    shape,
+    extra,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BATCHES: tl.constexpr,
+    SHARE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    batch, group, tile = common.place(shape, BATCHES)
+    first_row, rows, first_key, keys, offset = common.sequence(batch, shape, extra)
+    low, high = common.band(offset, extra)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = (row // SHARE)[:, None]
+    head = (group * SHARE + row % SHARE)[:, None]
+    limit = rows * SHARE
+    last_query = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // SHARE, rows - 1)
+    begin, full_begin, full_end, end = common.keys_of(
+        tile * BLOCK_M // SHARE, last_query, low, high, keys, extra, BLOCK_N
+    )
+    q_tile = common.load_rows(
+        q, batch, first_row, group, row, limit, SHARE, WIDTH, BLOCK_D, True
+    ).to(COMPUTE)
+    dy_tile = common.load_rows(
+        dy, batch, first_row, group, row, limit, SHARE, VALUE_WIDTH, BLOCK_DV, True
+    ).to(COMPUTE)
+    high_part, low_part, power, row_delta = load_statistics(
+        lse, delta, batch, first_row, group, row, limit, SHARE
+    )
+    dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    for phase in tl.static_range(3):
+        if phase == 0:
+            start, stop = begin, full_begin
+        elif phase == 1:
+            start, stop = full_begin, full_end
+        else:
+            start, stop = full_end, end
+        if (phase == 2) or (extra.mask is None and (phase == 1 or extra.left is not None)):
+            for block in tl.range(start, stop, BLOCK_N):
+                key_row = block + tl.arange(0, BLOCK_N)
+                k_tile = common.load_rows(
+                    k, batch, first_key, group, key_row, keys, 1, WIDTH, BLOCK_D, phase != 1
+                ).to(COMPUTE)
+                v_tile = common.load_rows(
+                    v, batch, first_key, group, key_row, keys, 1, VALUE_WIDTH, BLOCK_DV, phase != 1
+                ).to(COMPUTE)
+                _, gradient = weights_and_slopes(
+                    tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION),
+                    tl.dot(dy_tile, tl.trans(v_tile), input_precision=PRECISION),
+                    high_part[:, None],
+                    low_part[:, None],
+                    power[:, None],
+                    row_delta[:, None],
+                    batch,
+                    head,
+                    query,
+                    key_row[None, :],
+                    rows,
+                    keys,
+                    low,
+                    high,
+                    offset,
+                    shape,
+                    extra,
+                    SHARE,
+                    phase != 1,
+                )
+                if phase != 1:
+                    k_tile = tl.where(common.is_finite(k_tile), k_tile, 0.0)
+                dq_tile = tl.dot(gradient.to(COMPUTE), k_tile, dq_tile, input_precision=PRECISION)
+
+    column = tl.arange(0, BLOCK_D)[None, :]
+    at = batch * dq.batch + head.to(tl.int64) * dq.head + (first_row + query) * dq.row
+    inside = (row[:, None] < limit) & (column < WIDTH)
+    dq_tile *= extra.scale
+    tl.store(dq.data + at + column, dq_tile.to(dq.data.dtype.element_ty), inside)
+
+
+def tiles_of(q: torch.Tensor, value_width: int, compute: torch.dtype) -> tuple[dict, dict]:
+    """BLOCK_M, BLOCK_N, warps and stages of key_kernel and of query_kernel."""
+    width = max(q.shape[-1], value_width)
+    if compute == torch.float32:  # products without tensor cores hold both factors in registers
+        tiles = ((32, 32, 4, 1), (32, 32, 4, 1))
+    elif width <= 64:
+        tiles = ((64, 128, 8, 2), (128, 64, 8, 2))
+    elif width <= 128:
+        tiles = ((64, 64, 8, 2), (64, 64, 8, 2))
+    else:
+        tiles = ((32, 64, 8, 1), (64, 32, 8, 1))
+    stages = (1, 1) if target().backend == "hip" else (tiles[0][3], tiles[1][3])
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    key, query = (
+        dict(zip(names, (*t[:3], s), strict=True)) for t, s in zip(tiles, stages, strict=True)
+    )
+    return key, query
+
+
+def delta_of(
+    dy: torch.Tensor, y: torch.Tensor, dlse: torch.Tensor | None, operands: Any
+) -> torch.Tensor:
+    """dy . y - dlse in float32, of the shape of dlse; `operands` makes them of tensors.
+
+    dy and y (B, H, T, Dv), or (T, H, Dv) of packed sequences.
+    """
+    packed = dy.ndim == 3
+    rows, heads = (dy.shape[0], dy.shape[1]) if packed else (dy.shape[2], dy.shape[1])
+    shape = (heads, rows) if packed else (dy.shape[0], heads, rows)
+    delta = dy.new_empty(shape, dtype=torch.float32)
+    width = dy.shape[-1]
+    block = max(16, triton.next_power_of_2(width))
+    tile_rows = max(1, 2048 // block)
+    launch(
+        delta_kernel,
+        ((1 if packed else dy.shape[0]) * heads * triton.cdiv(rows, tile_rows),),
+        *(operands(dy), operands(y)),
+        None if dlse is None else statistic(dlse),
+        *(statistic(delta), rows, heads),
+        WIDTH=width,
+        ROWS=tile_rows,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return delta
+
+
+def run(
+    operands: tuple[Operand, ...],
+    results: tuple[Operand, ...],
+    shape: Shape,
+    extra: Extra,
+    meta: dict[str, Any],
+    tiles: tuple[dict, dict],
+    programs: tuple[tuple[int, Any, int], tuple[int, Any, int]],
+) -> None:
+    """Launches both kernels; `programs` are their tiles, tile_ends and number, key_kernel's first.
+
+    operands: q, k, v, dy, lse, delta; results: dq, dk, dv.
+    """
+    dq, dk, dv = results
+    for kernel, outs, tile, (count, ends, grid) in zip(
+        (key_kernel, query_kernel), ((dk, dv), (dq,)), tiles, programs, strict=True
+    ):
+        placed = shape._replace(tiles=count, tile_ends=ends)
+        launch(kernel, (grid,), *operands, *outs, placed, extra, **meta, **tile)
+
+
+def backward(
+    dy: torch.Tensor,
+    dlse: torch.Tensor | None,
+    y: torch.Tensor,
+    lse: torch.Tensor,
+    need_dmask: bool,
+    need_dslopes: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    extra: Any,
+    options: Any,
+) -> tuple[torch.Tensor | None, ...]:
+    """dq, dk, dv, dsinks (float32), and None for the mask and the slopes."""
+    batch, heads, rows, _ = q.shape
+    groups, keys = k.shape[1:3]
+    dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
+    sinks = extra.sinks
+    if lse.numel() == 0 or keys == 0:
+        none = None if sinks is None else sinks.new_zeros(heads, dtype=torch.float32)
+        return dq, dk, dv, none, None, None
+    q, k, v, dy, y = map(by_rows, (q, k, v, dy, y))
+    delta = delta_of(dy, y, dlse, operand)
+    compute, share = factors(q, k), heads // groups
+    key_tiles, query_tiles = tiles_of(q, v.shape[3], compute)
+    counts = (
+        triton.cdiv(keys, key_tiles["BLOCK_N"]),
+        triton.cdiv(rows * share, query_tiles["BLOCK_M"]),
+    )
+    run(
+        (*map(operand, (q, k, v, dy)), statistic(lse), statistic(delta)),
+        tuple(map(operand, (dq, dk, dv))),
+        Shape(rows, keys, batch, groups, 0),
+        extra_of(q, keys, extra, options, options.scale),
+        {**constants(q, k, compute), **widths(q, v), "BATCHES": 1},
+        (key_tiles, query_tiles),
+        tuple((count, None, count * batch * groups) for count in counts),
+    )
+    return dq, dk, dv, None if sinks is None else gradient_of_sinks(sinks, lse, delta), None, None
+
+
+def gradient_of_sinks(sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """(H), float32: a sink takes its share of each row's sum and gives nothing to y."""
+    share = torch.exp(sinks.float()[:, None] - lse).masked_fill(lse == -math.inf, 0.0)
+    return -(share * delta).sum((0, 2))

@@ -1,0 +1,218 @@
+"""Static facts of every CUDA kernel, and what the simulator counts of its memory accesses.
+
+    python tests/gpu/inspect_kernels.py [--targets 80 90 100] [op ...]
+
+No GPU is involved, and no time is measured: static facts can refute a kernel, never prove its
+speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import machine_code
+import nvcc
+import simulated
+import simulated_ops
+from machine_code import A100, H100, Issue, count
+
+from llmcore import dispatch
+from llmcore.dispatch import REGISTRY
+from llmcore.ops.sample import Draw, Sample
+
+BF16 = torch.bfloat16
+
+
+def rows_sample(name: str, rows: int, width: int) -> Sample:
+    """A call of a row-wise op, in whole vectors."""
+    draw = Draw(0)
+    x, weight = draw.normal(rows, width), draw.normal(width)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "rms_norm": (x, weight, 1e-6),
+        "layer_norm": (x, weight, weight, 1e-5),
+        "add_rms_norm": (x, x, weight, 1e-6),
+        "add_layer_norm": (x, x, weight, weight, 1e-5),
+        "softmax": (x,),
+        "cross_entropy": (x, draw.integers(0, width - 1, rows)),
+        "swiglu": (x, x),
+    }
+    return Sample(f"{rows}x{width}", arguments[name])
+
+
+def rope_sample() -> Sample:
+    draw = Draw(0)
+    return Sample("rope", (draw.normal(1, 4, 16, 128), draw.normal(16, 64), draw.normal(16, 64)))
+
+
+def attention_samples() -> Iterator[Sample]:
+    draw = Draw(0)
+    for width in (64, 128):
+        for rows, keys in ((256, 256), (1, 640)):
+            q, k = draw.normal(1, 2, rows, width), draw.normal(1, 1, keys, width)
+            yield Sample(f"{rows}x{keys}x{width}", (q, k, k), {"causal": True})
+
+
+def samples_of(name: str) -> list[Sample]:
+    if name == "attention":
+        return list(attention_samples())
+    return [rope_sample()] if name == "rope" else [rows_sample(name, 8, 2048)]
+
+
+@dataclass
+class Traffic:
+    """What the simulator counted of one kernel's accesses, over all its launches."""
+
+    threads: int
+    dynamic_shared: int
+    conflicts: int = 0
+    sectors: int = 0
+    ideal_sectors: int = 0
+    instructions: int = 0
+
+    @property
+    def coalescing(self) -> float:
+        return self.ideal_sectors / max(self.sectors, 1)
+
+
+def traffic(name: str) -> dict[str, Traffic]:
+    """By mangled name, each kernel of the op that a bfloat16 call and its gradient launch."""
+    op, library = REGISTRY[name], simulated_ops.library_of(name)
+    library.options = {"statistics": True}
+    for sample in samples_of(name):
+        args, options = sample.cast(BF16, "cpu")
+        floating = [
+            a.requires_grad_() for a in args if torch.is_tensor(a) and a.is_floating_point()
+        ]
+        if name == "rope":
+            floating = floating[:1]
+            args[1:] = [a.detach() for a in args[1:]]
+        with simulated_ops.installed(library, name), dispatch.use("cuda"):
+            result = op.function(*args, **options)
+            outputs = result if isinstance(result, tuple) else (result,)
+            if "1x" not in sample.name[:2]:  # decoding has no gradient
+                torch.autograd.grad([o.sum() for o in outputs], floating)
+    found: dict[str, Traffic] = {}
+    for kernel, stats in library.stats:
+        threads, shared = library.geometry[kernel]
+        entry = found.setdefault(kernel, Traffic(threads, shared))
+        entry.conflicts += stats.bank_conflicts
+        entry.instructions += stats.instructions
+        for access in stats.memory.values():
+            if access.space == "global":
+                entry.sectors += access.units
+                entry.ideal_sectors += access.ideal
+    return found
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A kernel's machine code for one target, and its traffic."""
+
+    kernel: str
+    target: int
+    resources: machine_code.Resources
+    loop: machine_code.Loop
+    traffic: Traffic
+
+    @property
+    def name(self) -> str:
+        width = " D=64" if "Li64E" in self.kernel else " D=128" if "Li128E" in self.kernel else ""
+        return simulated.plain_name(self.kernel).removesuffix("_kernel") + width
+
+    @property
+    def occupancy(self) -> int:
+        machine = A100 if self.target < 90 else H100
+        shared = self.resources.shared + self.traffic.dynamic_shared
+        return machine_code.occupancy(
+            self.resources.registers, shared, self.traffic.threads, machine
+        )
+
+    def __str__(self) -> str:
+        ops = self.loop.opcodes
+        total = sum(ops.values())
+        tensor = count(ops, *machine_code.TENSOR)
+        always = Issue.of(self.loop.always)
+        bound = f", bound by {always.bound()}" if tensor else ""
+        shared = self.resources.shared + self.traffic.dynamic_shared
+        return (
+            f"{self.name:<38} sm_{self.target:<4}{self.resources.registers:>4} registers"
+            f"{self.resources.local:>4} local{shared:>7} shared  {self.occupancy:>2}/64 warps  "
+            f"loop {total:>4}: {tensor} tensor, {count(ops, 'LDSM')} ldmatrix, "
+            f"{count(ops, 'LDG', 'STG', 'LDGSTS')} global "
+            f"({machine_code.narrow_accesses(ops)} below 128 bits), "
+            f"{count(ops, 'LDL', 'STL')} local{bound}; "
+            f"{self.traffic.conflicts} bank conflicts, {self.traffic.coalescing:.0%} coalesced"
+        )
+
+
+def facts(name: str, targets: list[int]) -> Iterator[Facts]:
+    counted = traffic(name)
+    for target in targets:
+        for source in simulated_ops.BINDINGS[name].sources or (name,):
+            cubin = nvcc.cubin(source, target)
+            code, used = machine_code.functions(cubin), machine_code.resources(cubin)
+            for kernel in counted:
+                if kernel in code:
+                    loop = machine_code.hot_loop(code[kernel])
+                    yield Facts(kernel, target, used[kernel], loop, counted[kernel])
+
+
+# Real shapes: what is moved and computed at least, in bytes and operations.
+ROWS, WIDTH, CLASSES, LENGTH, HEADS, D = 8192, 4096, 128256, 4096, 32, 128
+BOUNDS = {
+    f"rms_norm, layer_norm {ROWS}x{WIDTH}": (4 * ROWS * WIDTH, 0),
+    f"add_rms_norm, add_layer_norm {ROWS}x{WIDTH}": (8 * ROWS * WIDTH, 0),
+    f"norms backward {ROWS}x{WIDTH}": (6 * ROWS * WIDTH, 0),
+    f"softmax {ROWS}x{WIDTH}": (4 * ROWS * WIDTH, 0),
+    f"swiglu {ROWS}x{WIDTH}": (6 * ROWS * WIDTH, 0),
+    f"cross_entropy 2048x{CLASSES}": (2 * 2048 * CLASSES, 0),
+    f"attention causal 1x{HEADS}x{LENGTH}x{D}": (
+        8 * HEADS * LENGTH * D,
+        2 * HEADS * LENGTH * LENGTH * D,
+    ),
+    f"attention backward, causal, 7 products, 1x{HEADS}x{LENGTH}x{D}": (
+        16 * HEADS * LENGTH * D,
+        7 * HEADS * LENGTH * LENGTH * D,
+    ),
+    f"attention decode 16x8x{LENGTH}x{D}": (16 * 8 * LENGTH * D * 4, 0),
+}
+
+
+def rooflines() -> Iterator[str]:
+    for name, (size, operations) in BOUNDS.items():
+        parts = []
+        for machine in (A100, H100):
+            memory, compute = size / machine.bandwidth, operations / machine.tensor
+            kind = "memory" if memory >= compute else "tensor cores"
+            parts.append(f"{machine.name} {max(memory, compute) * 1e6:.0f} us ({kind})")
+        work = f"{size / 1e6:.0f} MB, {operations / 1e9:.0f} GFLOP"
+        yield f"{name}: {work}; at least {', '.join(parts)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("ops", nargs="*", default=list(simulated_ops.BINDINGS))
+    parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100])
+    options = parser.parse_args()
+    if why := nvcc.why_not() or machine_code.why_not():
+        sys.exit(why)
+    print("static: read from machine code and counted in a simulator; no GPU, no time")
+    for name in options.ops:
+        for line in facts(name, options.targets):
+            print(line, flush=True)
+    print("static: the least time that data sheets allow at real shapes, in bfloat16")
+    for line in rooflines():
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Every CUDA kernel, its PTX executed instruction by instruction, against its op's definition.
+
+The launchers' host code runs too. A test fails for an access outside of a tensor, an uninitialised
+read, a race between barriers or a misaligned address as well as for a wrong number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import nvcc
+import ptxsim
+import pytest
+import simulated_ops
+import torch
+from simulated import Library, instructions
+
+from llmcore import dispatch
+from llmcore.dispatch import REGISTRY
+from llmcore.ops.sample import Draw, Sample
+from llmcore.verify import judge, verify_backend
+
+pytestmark = pytest.mark.skipif(bool(nvcc.why_not()), reason=nvcc.why_not())
+
+
+@cache
+def library() -> Library:
+    return Library(nvcc.names())
+
+
+def options(**given: Any) -> dict[str, Any]:
+    return {"return_lse": True, **given}
+
+
+# B, H, G, T, S, D and options: the contract's samples have few of these widths.
+ATTENTION = {
+    "one_block": ((1, 1, 1, 20, 20, 64), options()),
+    "causal_64": ((1, 2, 1, 130, 150, 64), options(causal=True)),
+    "causal_128": ((1, 2, 1, 70, 150, 128), options(causal=True)),
+    "softcap_window": ((1, 2, 2, 33, 65, 64), options(softcap=5.0, window=(9, 3))),
+    "window_128": ((1, 1, 1, 130, 160, 128), options(window=(30, None), causal=True)),
+    "more_queries_than_keys": ((1, 1, 1, 40, 9, 64), options(causal=True)),
+    "lengths": ((2, 2, 2, 40, 90, 64), options(causal=True, kv_lengths=torch.tensor([0, 70]))),
+    "offsets": ((2, 2, 2, 40, 90, 64), options(causal=True, q_offset=torch.tensor([3, -70]))),
+    "decode": ((2, 6, 2, 1, 70, 64), options()),
+    "decode_split": ((1, 8, 2, 2, 1100, 128), options(causal=True, softcap=9.0)),
+}
+
+
+def attention_samples() -> list[Sample]:
+    draw = Draw(1)
+    found = []
+    for name, ((b, h, g, t, s, d), given) in ATTENTION.items():
+        tensors = draw.normal(b, h, t, d), draw.normal(b, g, s, d), draw.normal(b, g, s, d)
+        found.append(Sample(name, tensors, given))
+    return found
+
+
+SLOW = pytest.mark.slow
+QUICK = ("one_block", "causal_128", "softcap_window", "lengths", "decode")
+
+
+def test_cuda_kernels_attention(record_property) -> None:
+    samples = [sample for sample in attention_samples() if sample.name in QUICK]
+    hold("attention", "bfloat16", samples, record_property)
+
+
+@SLOW
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_cuda_kernels_attention_every_option(dtype: str, record_property) -> None:
+    hold("attention", dtype, attention_samples(), record_property)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("float32", marks=SLOW), pytest.param("float16", marks=SLOW)]
+)
+@pytest.mark.parametrize("name", [name for name in simulated_ops.BINDINGS if name != "attention"])
+def test_cuda_kernels_samples(name: str, dtype: str, record_property) -> None:
+    """The contract's own samples: results and gradients within the yardstick."""
+    hold(name, dtype, list(REGISTRY[name].samples(Draw(0))), record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("seed", range(3))
+def test_cuda_kernels_attention_sweep(dtype: str, seed: int, record_property) -> None:
+    """The contract's samples of attention, of which most have another width and are refused."""
+    hold("attention", dtype, list(REGISTRY["attention"].samples(Draw(seed))), record_property)
+
+
+def hold(name: str, dtype: str, samples: list[Sample], record_property: Any) -> None:
+    """Results and gradients of the op's CUDA kernels within the yardstick, on all these."""
+    op = REGISTRY[name]
+    before = instructions.copy()
+    with simulated_ops.installed(library(), name):
+        line = verify_backend(op, "cuda", getattr(torch, dtype), samples)
+    record_property("simulated", f"{name}/cuda/{line.samples}")
+    for kernel, count in (instructions - before).items():
+        record_property("instructions", f"{kernel}/cuda/{count}")
+    assert not line.failures and not line.skipped, str(line)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An edit of an op's source, what it must be caught as (None: as wrong numbers), and the inputs
+    that show it."""
+
+    op: str
+    file: str
+    old: str
+    new: str
+    caught: tuple[type[ptxsim.KernelFault], ...] | None
+    shapes: tuple[tuple[int, ...], ...]
+
+
+ROWS = ((3, 64), (3, 64))
+HEADS = ((1, 1, 140, 64),) * 3
+LOOP_BARRIER = (
+    "__syncthreads();  // this block's keys are there, and no warp reads the last one's any more"
+)
+FAULTS = {
+    "missing_barrier": Fault(
+        *("softmax", "reduce.cuh", "  __syncthreads();\n", ""),
+        (ptxsim.RaceHazard, ptxsim.UninitialisedRead),
+        ((3, 1024),),
+    ),
+    "row_bound_off_by_one": Fault(
+        *("swiglu", "swiglu.cu", "row >= op.rows) return;  // f", "row > op.rows) return;  // f"),
+        (ptxsim.OutOfBounds,),
+        ROWS,
+    ),
+    "half_a_warp": Fault(
+        *("softmax", "reduce.cuh", "0xffffffffu", "0x0000ffffu"), (ptxsim.WarpMaskError,), ROWS[:1]
+    ),
+    "missing_loop_barrier": Fault(
+        *("attention", "attention.cu", LOOP_BARRIER, "//"),
+        (ptxsim.RaceHazard, ptxsim.AsyncCopyHazard, ptxsim.UninitialisedRead),
+        HEADS,
+    ),
+    "copy_not_waited_for": Fault(
+        *("attention", "attention.cu", f"wait_copies<0>();\n    {LOOP_BARRIER}", LOOP_BARRIER),
+        (ptxsim.AsyncCopyHazard, ptxsim.UninitialisedRead),
+        ((1, 1, 140, 128),) * 3,
+    ),
+    "mask_off_by_one": Fault(
+        *("attention", "attention.cuh", "ahead <= right &&", "ahead <= right + 1 &&"), None, HEADS
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=SLOW if f.op == "attention" else ()) for n, f in FAULTS.items()],
+)
+def test_cuda_kernels_planted_fault(name: str, record_property) -> None:
+    """Each is found, in a kernel whose source was edited before it was compiled."""
+    fault = FAULTS[name]
+    op = REGISTRY[fault.op]
+    draw = Draw(0)
+    given = {"causal": True} if fault.op == "attention" else {}
+    sample = Sample(name, tuple(draw.normal(*shape) for shape in fault.shapes), given)
+    dtype = torch.bfloat16
+    broken = Library([fault.op], [nvcc.Edit(fault.file, fault.old, fault.new)])
+    args, keywords = sample.cast(dtype, "cpu")
+    with simulated_ops.installed(broken, fault.op), dispatch.use("cuda"):
+        if fault.caught is None:
+            gold = op.define(*(a.double() for a in args), **keywords)
+            verdict = judge(op.function(*args, **keywords), gold, op.define(*args, **keywords), 2.0)
+            assert not verdict.passed
+            how = "wrong numbers"
+        else:
+            with pytest.raises(fault.caught) as caught:
+                op.function(*args, **keywords)
+            how = type(caught.value).__name__
+    record_property("fault_caught", f"{fault.op}/{name}/{how}")

@@ -1,0 +1,107 @@
+"""What the CUDA kernels' machine code and memory accesses must be like: static facts, no time."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import inspect_kernels
+import machine_code
+import nvcc
+import pytest
+from machine_code import Block, Issue, count
+
+MISSING = nvcc.why_not() or machine_code.why_not()
+needs_tools = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+TILES = {  # queries and keys of a block's turn, products of the tile, warps
+    "attention_forward D=64": (128, 64, 64, 2),
+    "attention_forward D=128": (128, 32, 128, 2),
+    "attention_backward_keys D=64": (32, 128, 64, 4),
+    "attention_backward_keys D=128": (32, 64, 128, 4),
+    "attention_backward_queries D=64": (128, 32, 64, 3),
+    "attention_backward_queries D=128": (128, 32, 128, 3),
+}
+WARPS = 4
+SHARED_BOUND = {"attention_backward_keys D=128"}
+"""16 keys a warp: each ldmatrix feeds 2 products, and shared memory is busy for longer."""
+
+LOCAL_IN_LOOP = {"attention_backward_keys D=64": 4}
+"""Of 255 registers one pointer too many: 24 bytes are spilled, of 476 instructions 4 are local."""
+
+
+@cache
+def facts(name: str, target: int) -> tuple[inspect_kernels.Facts, ...]:
+    return tuple(inspect_kernels.facts(name, [target]))
+
+
+@needs_tools
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [80, 90, 100])
+def test_cuda_machine_code_attention(target: int) -> None:
+    """Tensor instructions as counted by hand, what bounds the loop, full width, no conflicts."""
+    found = {fact.name: fact for fact in facts("attention", target)}
+    assert TILES.keys() <= found.keys()
+    for name, (m, n, width, products) in TILES.items():
+        fact, opcodes = found[name], found[name].loop.opcodes
+        assert count(opcodes, "HMMA") == products * m * n * width // 2048 // WARPS, name
+        bound = Issue.of(fact.loop.always).bound()
+        assert bound == ("shared" if name in SHARED_BOUND else "tensor"), name
+        if target == 80:
+            assert count(opcodes, "LDL", "STL") <= LOCAL_IN_LOOP.get(name, 0), name
+            assert fact.resources.local <= 24, name
+        assert fact.occupancy >= 4, name
+    for name, fact in found.items():
+        assert fact.traffic.conflicts == 0, name
+        assert fact.traffic.coalescing == 1.0, name
+        # lse and delta, and the parts that are combined, are single floats.
+        narrow = machine_code.narrow_accesses(fact.loop.opcodes)
+        assert narrow <= 1 or name.startswith(("attention_combine", "attention_delta")), name
+        assert not count(fact.loop.opcodes, "ATOM", "ATOMG", "RED"), name
+
+
+ROW_WISE = [name for name in inspect_kernels.simulated_ops.BINDINGS if name != "attention"]
+SMALL = ("sum_partials", "cross_entropy_sum", "count_targets")
+"""Kernels over a vector of floats or targets, beside the ones that move the tensors."""
+
+
+@needs_tools
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [80, 90, 100])
+@pytest.mark.parametrize("name", ROW_WISE)
+def test_cuda_machine_code_row_wise(name: str, target: int) -> None:
+    """128 bits an access, no local memory, no conflicts, a quarter of the warps at least."""
+    for fact in facts(name, target):
+        assert fact.resources.local == 0, fact.name
+        assert fact.traffic.conflicts == 0, fact.name
+        assert fact.occupancy >= 16, fact.name
+        if fact.name not in SMALL:
+            assert machine_code.narrow_accesses(fact.loop.opcodes) == 0, fact.name
+            # Sums of gradients are float32 beside 16-bit rows: two accesses to each of a thread's.
+            assert fact.traffic.coalescing >= (0.65 if fact.name == "norm_backward" else 1.0)
+
+
+def test_machine_code_finds_the_hot_loop() -> None:
+    """An outer loop, a conditional block inside of the inner one, unreachable code behind."""
+    code = [
+        Block("", ["MOV"], [None]),
+        Block("outer", ["LDG.E"], [None]),
+        Block("inner", ["HMMA.16816.F32", "ISETP"], ["after", None]),
+        Block("", ["FSEL"], [None]),
+        Block("after", ["HMMA.16816.F32"], ["inner", None]),
+        Block("", ["STG.E.128"], ["outer", None]),
+        Block("", ["EXIT"], []),
+        Block("", ["BRA"], ["inner"]),
+    ]
+    loops = machine_code.loops(code)
+    assert sorted(sum(loop.opcodes.values()) for loop in loops) == [4, 6]
+    inner = min(loops, key=lambda loop: sum(loop.opcodes.values()))
+    assert count(inner.always, "HMMA") == 2 and count(inner.always, "FSEL") == 0
+    assert count(inner.opcodes, "FSEL") == 1
+    hot = machine_code.hot_loop(code)
+    assert count(hot.opcodes, "HMMA") == 2
+
+
+def test_machine_code_occupancy() -> None:
+    assert machine_code.occupancy(255, 64 * 1024, 128, machine_code.A100) == 8
+    assert machine_code.occupancy(32, 0, 1024, machine_code.A100) == 64
+    assert machine_code.occupancy(255, 64 * 1024, 128, machine_code.H100) == 8
