@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_type_hints
 Norm = Literal["rms_norm", "layer_norm"]
 NormPlacement = Literal["pre", "post", "both"]
 Activation = Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu", "silu"]
-Positions = Literal["rope", "learned", "sinusoidal", "alibi", "relative"]
+Positions = Literal["rope", "learned", "sinusoidal", "alibi", "relative", "none"]
 Output = Literal["pooler", "masked_language", "next_sentence"]
 
 GATED = ("swiglu", "geglu")
@@ -42,7 +42,7 @@ class TransformerConfig:
     qk_norm         a norm over D of each query and key, before they are rotated (Qwen 3)
     positions       "rope" (half-split pairs, all of D), "learned" (one vector for each position),
                     "sinusoidal" (the same, fixed: sines, then cosines), "alibi" (scores fall with
-                    distance), "relative" (T5's learned bias for each bucket of distances)
+                    distance), "relative" (T5's learned bias for each bucket of distances), "none"
     window          attention sees the last `window` tokens only, its own included (an encoder: so
                     many on both sides); None: all
     full_every      every such layer has no window all the same; 0: none (Gemma 2: 2, Gemma 3: 6)
@@ -56,7 +56,8 @@ class TransformerConfig:
     tied_embeddings the head's matrix is the embedding's; head_bias: it has a bias of its own
     experts         feed-forward networks of a block, of which a router chooses experts_per_token
                     for each token (mixture of experts); 0: one, without a router
-    dropout         of embeddings, attention weights and branches, in training
+    dropout         of embeddings, branches and attention weights (not those of packed documents),
+                    in training
     eos_ids         tokens that end a text
     start_id        EncoderDecoder: the token that every target begins with
     token_types     Encoder: kinds of token with a vector each (BERT: 2 sentences); 0: none

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from llmcore.models.config import TransformerConfig
-from llmcore.models.layers import Embedding
 
 # T5's: distances below 8 (16 backwards only) have a bucket each, those from 128 on share the last.
 BUCKETS, FAR = 32, 128
@@ -64,7 +63,7 @@ class RelativePositions(nn.Module):
     def __init__(self, config: TransformerConfig, *, causal: bool) -> None:
         super().__init__()
         self.causal = causal
-        self.embedding = Embedding(BUCKETS, config.heads)
+        self.embedding = nn.Embedding(BUCKETS, config.heads)
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
         """What is added to the scores: queries (T,) or (B, T), keys (S,) -> (1 or B, H, T, S)."""

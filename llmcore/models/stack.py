@@ -113,7 +113,8 @@ class Stack(nn.Module):
         positions = span.positions
         if cu_seqlens is not None:
             positions = places(vectors.flatten(0, 1), cu_seqlens)[1].view(vectors.shape[:2])
-            self._check_length(int(cu_seqlens.diff().max()))
+            if not torch.compiler.is_compiling():  # a graph doesn't know the lengths
+                self._check_length(int(cu_seqlens.diff().max()))
         elif cache is None:
             self._check_length(vectors.shape[1])
         stream = self._placed(vectors, positions)

@@ -164,7 +164,7 @@ class Encoder(Vocabulary, Stack):
         """Hidden states (B, T, C) of ids (B, T) int64, in the parameters' dtype.
 
         attention_mask  (B, T), bool or 0/1: False marks padding, on any side; what the result holds
-                        there means nothing
+                        there means nothing. Padding takes no position.
         token_types     (B, T) int64, which kind of token each is; None: all 0
         cu_seqlens      packed documents, as in Decoder.forward
 

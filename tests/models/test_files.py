@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmcore.models import load, save
+from llmcore.models import Encoder, EncoderDecoder, load, save
 from llmcore.models.convert import to_theirs, to_transformers
 from llmcore.models.families import GGUF_LLAMA
 
@@ -311,3 +311,38 @@ def test_save_through_a_link(tiny_decoder, tiny_tokenizer, tmp_path) -> None:
     save(tiny_decoder(), tiny_tokenizer, link)
     assert link.is_symlink()
     assert (target / "config.json").is_file()
+
+
+def test_files_load_what_earlier_versions_saved(tiny_decoder, tiny_tokenizer, tmp_path):
+    """A config.json that lacks the options there are today: they have their defaults."""
+    model = tiny_decoder()
+    save(model, tiny_tokenizer, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    found = json.loads(path.read_text())
+    first = ["vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "feed_forward",
+             "context_length", "norm", "norm_eps", "activation", "positions", "rope_theta", "bias",
+             "tied_embeddings", "eos_ids", "window"]  # fmt: skip
+    path.write_text(json.dumps({name: found[name] for name in ["model_type", *first]}))
+    again, _ = load(tmp_path / "model")
+    assert again.config == model.config
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids), model(ids))
+
+
+@pytest.mark.parametrize("kind", [Encoder, EncoderDecoder])
+def test_files_of_the_other_models(tiny_model, tiny_tokenizer, tmp_path, kind):
+    model = tiny_model(
+        kind,
+        positions="relative",
+        outputs=("pooler", "masked_language"),
+        head_bias=True,
+        tied_embeddings=False,
+        start_id=0,
+    )
+    save(model, tiny_tokenizer, tmp_path / "model")
+    again, _ = load(tmp_path / "model")
+    assert type(again) is kind and again.config == model.config
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name

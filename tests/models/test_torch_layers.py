@@ -50,16 +50,14 @@ def stock(stack, layer_class, stack_class, activation):
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_torch_encoder_and_decoder(tiny_model, placement, activation):
-    shape = {**SHAPE, "norm_placement": placement, "activation": activation}
+    # No positions: torch's layers have none, the models add theirs to the vectors before.
+    shape = {**SHAPE, "norm_placement": placement, "activation": activation, "positions": "none"}
     model = tiny_model(EncoderDecoder, std=0.1, **shape)
     generator = torch.Generator().manual_seed(0)
     source = torch.randn(2, 11, 32, generator=generator)
     target = torch.randn(2, 7, 32, generator=generator)
     lengths = torch.tensor([11, 6])
     padding = torch.arange(11) >= lengths[:, None]
-    # No positions: torch's layers have none, the models add theirs to the vectors before.
-    for stack in (model.encoder, model.decoder):
-        object.__setattr__(stack.config, "positions", "none")
 
     encoder = stock(model.encoder, nn.TransformerEncoderLayer, nn.TransformerEncoder, activation)
     expected = encoder(source, src_key_padding_mask=padding)
