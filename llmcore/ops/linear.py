@@ -38,13 +38,16 @@ import torch
 import torch.nn.functional as F
 
 from llmcore import device, dispatch, native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore.dispatch import Candidate, Op, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.packed_weight import FORMATS, PackedWeight, pack
 from llmcore.ops.sample import Draw, Sample
 
 TORCH_ROWS = 128
 """From so many rows of bfloat16 on torch's product is the faster."""
+
+TRITON_ROWS = 64
+"""Up to so many rows the Triton kernel of integer weights holds them in one tile."""
 
 HAS_BFLOAT16_PAIRS = device.best_cpu_level() == "avx512_bf16"
 """Whether this machine has an instruction for products of bfloat16."""
@@ -221,15 +224,30 @@ def with_contract_arguments(plain: Candidate, quantized: Candidate) -> Candidate
     return replace(plain, forward=forward, into=into)
 
 
+def triton_refuses(
+    x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None
+) -> list[str]:
+    if isinstance(weight, torch.Tensor):
+        return ["a plain weight: its product is the GPU library's"]
+    if weight.scales is None:
+        return [f"a weight in {weight.format}: this kernel takes int8 and int4"]
+    if (rows := math.prod(x.shape[:-1])) > TRITON_ROWS:
+        return [f"{rows} rows: this kernel takes up to {TRITON_ROWS}, as in decoding"]
+    return []
+
+
 def torch_refuses(
     x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None
 ) -> list[str]:
     """Why torch's product cannot run; unless it is forced, also why it should not."""
     if isinstance(weight, PackedWeight):
         return ["a PackedWeight: torch has no product with it"]
+    if x.is_cuda:
+        return refuses_bias(x, bias)
+    if native.module is None:
+        return [native.why_not]
     reasons = native.refuses_tensors(x, weight, bias, dtypes=(torch.float32, torch.bfloat16))
-    if bias is not None and bias.dtype != x.dtype:
-        reasons.append(f"bias in {bias.dtype} beside {x.dtype}: torch takes one dtype")
+    reasons += refuses_bias(x, bias)
     if x.dtype == torch.bfloat16 and not HAS_BFLOAT16_PAIRS:
         reasons.append("bfloat16: this machine lacks avx512_bf16, and the native kernel is faster")
     if dispatch.forced == "torch":
@@ -239,6 +257,13 @@ def torch_refuses(
     if (rows := math.prod(x.shape[:-1])) < TORCH_ROWS:
         reasons.append(f"{rows} rows: below {TORCH_ROWS} the native kernel is as fast")
     return reasons
+
+
+def refuses_bias(x: torch.Tensor, bias: torch.Tensor | None) -> list[str]:
+    """Why torch's product cannot take this bias."""
+    if bias is not None and bias.dtype != x.dtype:
+        return [f"bias in {bias.dtype} beside {x.dtype}: torch takes one dtype"]
+    return []
 
 
 def torch_candidate(plain: Candidate) -> Candidate:
@@ -258,10 +283,14 @@ def torch_candidate(plain: Candidate) -> Candidate:
     ) -> tuple[torch.Tensor, ...]:
         assert plain.backward is not None
         need_dx, need_dweight, need_dbias = needs
+        if x.is_cuda:
+            dbias = as_rows(dy).sum(0, dtype=torch.float32)
+        else:
+            dbias = plain.backward(dy, x, weight, False, False, need_dbias)[2]
         return (
             dy @ weight if need_dx else x.new_empty(0),
             as_rows(dy).T @ as_rows(x) if need_dweight else weight.new_empty(0),
-            plain.backward(dy, x, weight, False, False, need_dbias)[2],
+            dbias,
         )
 
     return Candidate(
@@ -269,7 +298,6 @@ def torch_candidate(plain: Candidate) -> Candidate:
         F.linear,
         backward,
         into,
-        machine=plain.machine,
         refuses=torch_refuses,
         remark="the faster here, but a row's bits may depend on the number of rows",
     )
@@ -282,7 +310,11 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 def candidates() -> tuple[Candidate, ...]:
     plain = native_candidates("linear", refuses)
     quantized = native_candidates("linear_quantized", refuses, backward=False)
-    return torch_candidate(plain[0]), *map(with_contract_arguments, plain, quantized)
+    return (
+        triton_candidate("linear", triton_refuses),
+        torch_candidate(plain[0]),
+        *map(with_contract_arguments, plain, quantized),
+    )
 
 
 OP = Op(
@@ -292,7 +324,6 @@ OP = Op(
     samples,
     candidates(),
     arguments=arguments,
-    triton="no Triton kernel yet",
     cuda="no CUDA kernel: plain products are the GPU library's",
 )
 
