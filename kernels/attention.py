@@ -29,13 +29,38 @@ FEW_ROWS = 64  # up to so many packed rows count as decoding
 
 
 @triton.jit
-def poison(seen, v):
-    """What NaN and inf among values add to the rows that attend to them, and to no other row."""
-    ones = seen.to(tl.float32)
-    nan = v != v
-    high = tl.dot(ones, (nan | (v == float("inf"))).to(tl.float32))
-    low = tl.dot(ones, (nan | (v == float("-inf"))).to(tl.float32))
-    return tl.where(high > 0, float("inf"), 0.0) + tl.where(low > 0, float("-inf"), 0.0)
+def poison(
+    result,
+    v,
+    batch,
+    first_key,
+    group,
+    head,
+    query,
+    begin,
+    end,
+    low,
+    high,
+    rows,
+    keys,
+    shape,
+    extra,
+    VALUE_WIDTH: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Adds NaN and inf among values to the rows that attend to them, and to no other row.
+
+    Key by key: rare, and must not cost the loop over blocks its registers.
+    """
+    for number in range(begin, end):
+        key = number + tl.arange(0, 1)
+        at, exists = common.place_keys(v, batch, first_key, group, key, key < keys, shape)
+        value = common.load_keys(at, exists, VALUE_WIDTH, BLOCK_DV, True).to(tl.float32)
+        value = tl.where(common.is_finite(value), 0.0, value)
+        inside = (query < rows) & (key < keys)[None, :]
+        seen = common.visible(batch, head, query, key[None, :], low, high, inside, extra)
+        result = tl.where(seen, result + value, result)
+    return result
 
 
 @triton.jit
@@ -92,6 +117,7 @@ def forward_kernel(
         peak = sink * 1.4426950408889634
         total = tl.where(peak == float("-inf"), 0.0, 1.0)
     result = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    poisoned = begin * 0
 
     for phase in tl.static_range(3):
         # Before, within and behind the blocks that need no mask.
@@ -152,11 +178,18 @@ def forward_kernel(
                 result *= shrink[:, None]
                 if (phase != 1) and (extra.v_scale is None):
                     finite = common.is_finite(v_tile)
-                    if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
-                        result += poison(seen, v_tile.to(tl.float32))
+                    poisoned = tl.maximum(poisoned, tl.max(tl.max((~finite).to(tl.int32), 1), 0))
                     v_tile = tl.where(finite, v_tile, 0.0)
                 result = tl.dot(weight.to(COMPUTE), v_tile, result, input_precision=PRECISION)
 
+    if poisoned > 0:
+        result = poison(
+            *(result, v, batch, first_key, group, head, query, begin, end, low, high, rows, keys),
+            shape,
+            extra,
+            VALUE_WIDTH,
+            BLOCK_DV,
+        )
     inside = row < rows * SHARE
     column = tl.arange(0, BLOCK_DV)[None, :]
     stored = inside[:, None] & (column < VALUE_WIDTH)
@@ -266,6 +299,12 @@ def packed_operand(x: torch.Tensor | None) -> Operand | None:
 def statistic(x: torch.Tensor) -> Operand:
     """(B, H, T), or (H, T) of packed sequences, as the kernels take it."""
     return Operand(x, *x.stride()) if x.ndim == 3 else Operand(x, 0, *x.stride())
+
+
+def positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float, bool]:
+    """q, a scale above 0, and whether the kernel must negate q: a maximum of scores is then one of
+    scaled scores. Without a scale all scores are 0, or NaN."""
+    return (q * 0.0, 1.0, False) if scale == 0 else (q, abs(scale), scale < 0)
 
 
 def by_rows(x: torch.Tensor) -> torch.Tensor:
@@ -426,6 +465,7 @@ def forward(
     y = q.new_empty(batch, rows, heads, v.shape[3]).transpose(1, 2)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if lse.numel():
+        q, scale, negate = positive_scale(q, options.scale)
         q, k, v = by_rows(q), by_rows(k), by_rows(v)
         compute, share = factors(q, k), heads // groups
         tiles = forward_tiles(q, v.shape[3], rows * share, compute)
@@ -433,14 +473,14 @@ def forward(
         run(
             (operand(q), operand(k), operand(v)),
             Shape(rows, keys, batch, groups, count, **(place or {})),
-            extra_of(q, keys, extra, options, abs(options.scale)),
+            extra_of(q, keys, extra, options, scale),
             (y, operand(y), operand(lse)),
             {
                 **constants(q, k, compute),
                 **widths(q, v),
                 **tiles,
                 "BATCHES": 1,
-                "NEGATE": options.scale < 0,
+                "NEGATE": negate,
             },
         )
     return (y, lse) if options.return_lse else y

@@ -34,6 +34,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Any, option
     lse = q.new_full((heads, total), float("-inf"), dtype=torch.float32)
     shape = shape_of(q, k, ends)
     if y.numel() and shape.batches:
+        q, scale, negate = attention.positive_scale(q, options.scale)
         q, k, v = map(attention.by_rows, (q, k, v))
         compute, share = factors(q, k), heads // k.shape[1]
         tiles = attention.forward_tiles(q, v.shape[2], total * share, compute)
@@ -42,14 +43,14 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Any, option
         attention.run(
             tuple(map(packed_operand, (q, k, v))),
             shape._replace(tiles=count, tile_ends=tile_ends(shape.ends_q, share, block)),
-            attention.extra_of(q, k.shape[0], None, options, abs(options.scale)),
+            attention.extra_of(q, k.shape[0], None, options, scale),
             (y, packed_operand(y), attention.statistic(lse)),
             {
                 **attention.constants(q, k, compute),
                 **attention.widths(q, v),
                 **tiles,
                 "BATCHES": triton.next_power_of_2(shape.batches),
-                "NEGATE": options.scale < 0,
+                "NEGATE": negate,
             },
         )
     return (y, lse) if options.return_lse else y

@@ -21,10 +21,17 @@ from torch.autograd import forward_ad
 
 from llmcore import device, native
 
-BACKENDS = ("cuda", "triton", "cpu", *(f"cpu_{level}" for level in native.LEVELS), "reference")
+BACKENDS = (
+    "cuda",
+    "triton",
+    "torch",
+    "cpu",
+    *(f"cpu_{level}" for level in native.LEVELS),
+    "reference",
+)
 """Every name that `use` and LLMCORE_BACKEND take."""
 
-UNFORCED = ("cuda", "triton", "cpu", "reference")
+UNFORCED = ("cuda", "triton", "torch", "cpu", "reference")
 """What runs when nothing is forced; single levels of the CPU kernels run by name only."""
 
 forced: str | None = os.environ.get("LLMCORE_BACKEND") or None
@@ -198,7 +205,7 @@ class Op:
     Definition, check and candidates take the same positional arguments. `arguments` makes them of
     a call of the public function (promotes, resolves defaults, groups options); without it they are
     the public function's own. `absent` holds the contract's sentence for each family of kernels
-    (cpu, triton, cuda) that it does not have.
+    (cpu, triton, cuda, torch) that it does not have.
     """
 
     def __init__(

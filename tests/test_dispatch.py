@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from ops.cases import tiny
+from torch._subclasses import FakeTensorMode
 
 import llmcore
-from llmcore import dispatch, native, ops
+from llmcore import device, dispatch, native, ops
 from llmcore.dispatch import BACKENDS, REGISTRY, BackendError, Candidate, Op
 from llmcore.ops.sample import Draw
 
@@ -217,6 +219,28 @@ def test_explain_a_mapped_op() -> None:
     assert by_name.op == "attention"
     with pytest.raises(ValueError, match=r"expected one of .*scaled_dot_product_attention"):
         llmcore.explain("scaled_dot_product", q, q, q)
+
+
+def on_cuda(value: Any) -> Any:
+    """A tensor without values that says it is on a GPU, in float16 if it is floating."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    dtype = torch.float16 if value.is_floating_point() else value.dtype
+    return torch.empty(value.shape, dtype=dtype, device="cuda")
+
+
+def test_cuda_tensors_choose_triton() -> None:
+    """Where Triton's kernels can run and take the call; torch's own product for a plain weight."""
+    if why := device.triton_reason():
+        pytest.skip(why)
+    for name, calls in tiny().items():
+        for sample in calls:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                args = [on_cuda(a) for a in sample.args]
+                options = {key: on_cuda(a) for key, a in sample.options.items()}
+                chosen = llmcore.explain(name, *args, **options).chosen
+            wanted = "torch" if name == "linear" else "triton"
+            assert chosen == wanted, f"{name}, {sample.name}: {chosen}"
 
 
 def test_backends_that_run_do_run() -> None:

@@ -22,6 +22,7 @@ Source: Dettmers et al., LLM.int8(), 2022, section 2 (absmax); llama.cpp's Q8_0 
 Kernels: forward(x, weight, bias) -> y; into the same with `out` behind;
 backward(dy, x, weight, *needs) -> dx, dweight, dbias (float32), each empty where not needed. The
 native one sums in one order whatever the number of rows: a row's bits do not depend on the batch.
+`torch` is torch's own product, for plain weights on a GPU, where it is the GPU library's.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llmcore import native
-from llmcore.dispatch import Candidate, Op, native_candidates
+from llmcore import dispatch, native
+from llmcore.dispatch import Candidate, Op, native_candidates, triton_candidate
 from llmcore.ops import contract
 from llmcore.ops.packed_weight import FORMATS, PackedWeight, pack
 from llmcore.ops.sample import Draw, Sample
+
+TRITON_ROWS = 64
+"""Up to so many rows the Triton kernel of integer weights holds them in one tile."""
 
 SMALLEST = 2.0**-100
 """A group of x below it counts as zeros: 127 over its largest magnitude must be finite."""
@@ -212,10 +216,67 @@ def with_contract_arguments(plain: Candidate, quantized: Candidate) -> Candidate
     return replace(plain, forward=forward, into=into)
 
 
+def triton_refuses(
+    x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None
+) -> list[str]:
+    if isinstance(weight, torch.Tensor):
+        return ["a plain weight: its product is the GPU library's"]
+    if weight.scales is None:
+        return [f"a weight in {weight.format}: this kernel takes int8 and int4"]
+    if (rows := math.prod(x.shape[:-1])) > TRITON_ROWS:
+        return [f"{rows} rows: this kernel takes up to {TRITON_ROWS}, as in decoding"]
+    return []
+
+
+def torch_refuses(
+    x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None
+) -> list[str]:
+    if isinstance(weight, PackedWeight):
+        return ["a PackedWeight: torch has no product with it"]
+    if not x.is_cuda and dispatch.forced != "torch":
+        return ["a tensor on cpu: the native kernels are as fast, and keep a row's bits"]
+    if bias is not None and bias.dtype != x.dtype:
+        return [f"bias in {bias.dtype} beside {x.dtype}: torch takes one dtype"]
+    return []
+
+
+def torch_candidate() -> Candidate:
+    """The GPU library's product."""
+
+    def into(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    ) -> None:
+        rows, y = as_rows(x), as_rows(out)
+        if bias is None:
+            torch.mm(rows, weight.T, out=y)
+        else:
+            torch.addmm(bias, rows, weight.T, out=y)
+
+    def backward(
+        dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *needs: bool
+    ) -> tuple[torch.Tensor, ...]:
+        need_dx, need_dweight, need_dbias = needs
+        return (
+            dy @ weight if need_dx else x.new_empty(0),
+            as_rows(dy).T @ as_rows(x) if need_dweight else weight.new_empty(0),
+            as_rows(dy).sum(0, dtype=torch.float32) if need_dbias else x.new_empty(0),
+        )
+
+    return Candidate("torch", F.linear, backward, into, refuses=torch_refuses)
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def candidates() -> tuple[Candidate, ...]:
     plain = native_candidates("linear", refuses)
     quantized = native_candidates("linear_quantized", refuses, backward=False)
-    return tuple(map(with_contract_arguments, plain, quantized))
+    return (
+        triton_candidate("linear", triton_refuses),
+        torch_candidate(),
+        *map(with_contract_arguments, plain, quantized),
+    )
 
 
 OP = Op(
@@ -225,7 +286,6 @@ OP = Op(
     samples,
     candidates(),
     arguments=arguments,
-    triton="no Triton kernel yet",
     cuda="no CUDA kernel: plain products are the GPU library's",
 )
 

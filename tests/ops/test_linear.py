@@ -67,6 +67,22 @@ def test_linear_out_takes_the_result() -> None:
     assert torch.equal(room, ops.linear(x, weight, bias))
 
 
+def test_linear_by_torch_takes_out_and_gives_gradients() -> None:
+    """What runs a plain weight on a GPU."""
+    tensors = [torch.randn(2, 5, 33), torch.randn(9, 33), torch.randn(9)]
+    cotangent, results = torch.randn(2, 5, 9), []
+    for backend in ("torch", "reference"):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        with llmcore.use(backend):
+            y = ops.linear(*leaves)
+            results.append((y, *torch.autograd.grad(y, leaves, cotangent)))
+            for bias in (tensors[2], None):
+                room = torch.empty(2, 5, 9)
+                ops.linear(*tensors[:2], bias, out=room)
+                torch.testing.assert_close(room, ops.linear(*tensors[:2], bias))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
 def test_linear_autocast() -> None:
     x, weight, bias = torch.randn(5, 33), torch.randn(9, 33), torch.randn(9)
     with torch.autocast("cpu", torch.bfloat16):
