@@ -79,7 +79,7 @@ def test_dispatch_use_nests_and_restores_after_exceptions(double: Op) -> None:
 
 
 def test_dispatch_use_unknown_name() -> None:
-    message = "backend: got 'gpu', expected one of cuda, triton, cpu"
+    message = "backend: got 'gpu', expected one of cuda, triton, torch, cpu"
     with pytest.raises(ValueError, match=message), llmcore.use("gpu"):
         pass
     assert dispatch.forced is None
