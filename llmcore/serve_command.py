@@ -22,7 +22,7 @@ import torch
 from llmcore.accelerate import accelerate
 from llmcore.model_arguments import add_model, add_weights, load_model
 from llmcore.models.convert import to_transformers
-from llmcore.models.files import CONFIG_FILE, MODEL_KIND
+from llmcore.models.files import CONFIG_FILE, KINDS
 from llmcore.models.packed import check_format
 
 INSTALL = "install it with: pip install 'llmcore[serve]'"
@@ -119,4 +119,4 @@ def is_hugging_face(folder: Path) -> bool:
         kind = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError):
         return False
-    return kind != MODEL_KIND
+    return kind not in KINDS
