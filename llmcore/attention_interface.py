@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 
-from llmcore import eager_attention
 from llmcore.attention_mask import AttentionMask, added, attention_mask
 from llmcore.ops.attention import attention
 
@@ -65,6 +64,10 @@ def attend(
         TypeError: an argument that nothing here knows, of a layer without an eager function.
         ValueError, TypeError: as llmcore.ops.attention.
     """
+    from llmcore import (
+        eager_attention,
+    )  # not before: it brings in torch._dynamo, a second of import
+
     own = eager_attention.calls_for(module, kwargs)
     if own is not None:
         mask = as_eager_takes_it(module, query, key, attention_mask, kwargs.get("is_causal"))

@@ -50,5 +50,5 @@ def test_table_tells_executed_from_skipped() -> None:
     assert lines[1].split() == ["softmax", "(1)", "3", "(2)", "2"]
     assert lines[2:4] == ["(1) no GPU", "(2) this machine lacks AVX2"]
     assert lines[4] == "executed: cpu, reference"
-    assert lines[5].startswith("NOT executed: cuda, triton, cpu_avx512_bf16")
+    assert lines[5].startswith("NOT executed: cuda, triton, torch, cpu_avx512_bf16")
     assert "cpu_avx2" in lines[5] and "reference" not in lines[5]
