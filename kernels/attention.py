@@ -374,10 +374,12 @@ def forward_tiles(q: torch.Tensor, value_width: int, rows: int, compute: torch.d
     width = max(q.shape[-1], value_width)
     if compute == torch.float32:  # products without tensor cores hold both factors in registers
         tiles = (64, 32, 4, 2) if width <= 64 else (32, 32, 4, 2)
-    elif width <= 64:
-        tiles = (128, 64, 4, 3)
+    elif width <= 128 and target().arch == 80:
+        # With mma.sync's fragments in registers (128, 64) spilt inside the loop, at D 64 on 4 warps
+        # and at 128 on 8.
+        tiles = (128, 64, 8, 3) if width <= 64 else (128, 32, 8, 3)
     elif width <= 128:
-        tiles = (128, 64, 8, 2 if target().arch == 80 else 3)
+        tiles = (128, 64, 4, 3) if width <= 64 else (128, 64, 8, 3)
     else:
         tiles = (64, 32, 8, 2)
     if target().backend == "hip":  # 64 KiB of shared memory
