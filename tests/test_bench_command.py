@@ -163,9 +163,7 @@ def test_verify_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
             Line("softmax", "cpu", "float32", 3, 0.5, failures),
             Line("softmax", "cuda", "float32", 0, 0.0, (), "this torch is a CPU build"),
         ]
-        monkeypatch.setattr(
-            verify_command, "verify", lambda seed, progress, lines=lines: Report(lines)
-        )
+        monkeypatch.setattr(verify_command, "verify", lambda seed, lines=lines, **_: Report(lines))
         assert cli.main(["verify", "--seed", "3"]) == status
         out = capsys.readouterr().out
         assert "this torch is a CPU build" in out and "1 skipped" in out

@@ -102,7 +102,8 @@ def _mma(instr: Instr, program: Program, _: int) -> Step:
         or columns != 8
         or len(kinds) != 4
         or kinds[1] not in _INPUTS
-        or instr.mods & {"sp", "satfinite"}
+        or "sp" in instr.mods
+        or ("satfinite" in instr.mods) != (kinds[0] == "s32")
     ):
         raise unsupported(instr)
     dest, left, right, base = (TYPES[k] for k in kinds)
@@ -152,6 +153,8 @@ def _mma(instr: Instr, program: Program, _: int) -> Step:
             if poison is None
             else pack_c(spoiled(m))
         )
+        if integer:  # .satfinite: clamped
+            result = result.clip(-(2**31), 2**31 - 1)
         flat = pack_c(result)
         if dest.bits == 32:
             raw = dest.encode(flat.astype(np.int32 if integer else np.float32))
