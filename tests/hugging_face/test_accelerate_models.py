@@ -347,7 +347,9 @@ def check_smollm2(real, alone: list[str], new: int) -> None:
     tokens = generate(model, ids, mask.long(), **options)
     single = [generate(model, one, **options) for one in singles]
     report = llmcore.accelerate(model)
-    torch.testing.assert_close(logits(model, arguments), expected, atol=1e-4, rtol=0)
+    # Of logits up to 33 either side's float32 is 1e-4 from float64 at some of these prompts.
+    bound = 1e-5 * expected.abs().max().item()
+    torch.testing.assert_close(logits(model, arguments), expected, atol=bound, rtol=0)
     assert torch.equal(generate(model, ids, mask.long(), **options), tokens)
     for one, want in zip(singles, single, strict=True):
         assert torch.equal(generate(model, one, **options), want)
