@@ -123,7 +123,7 @@ bool gemm(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matrix<TB>
   if (M == 0 || N == 0) return true;
   // A second thread pays from about 64k multiply-adds.
   const int64_t threads = M * N * K < 65536 ? 1 : runtime.threads();
-  if (M <= FEW_ROWS && b.depth == 1 && K > 0) {
+  if (M <= FEW_ROWS && a.depth == 1 && b.depth == 1 && K > 0) {
     return gemm_few<Products>(M, N, K, a, b, finish, columns_cut, threads);
   }
   return gemm_many<Products>(M, N, K, a, b, finish, columns_cut, threads);

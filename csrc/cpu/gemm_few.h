@@ -19,48 +19,19 @@ struct TileRows {
   const T* ahead = nullptr;  // what is fetched meanwhile, in memory's order, as many bytes as are read
 };
 
-// Copies `rows` rows of `values` values into tiles: vectors of TILE rows side by side, then the next along the inner
-// axis. Zeros fill the last vector; rows missing in the last tile are left as they are.
+// Copies `rows` rows of `values` neighbours into tiles: vectors of TILE rows side by side, then the next along the
+// inner axis. Zeros fill the last vector; rows missing in the last tile are left as they are.
 template <class Products, int TILE, class T>
 void pack_tiles(const Matrix<T>& from, int64_t rows, int64_t values, float* to) {
   constexpr int64_t BLOCK = LANES * Products::VALUES, STEP = TILE * LANES;
   const int64_t lanes = padded_lanes<Products>(values);
   const auto row_of_tile = [&](int64_t i) { return to + i / TILE * TILE * lanes + i % TILE * LANES; };
-  if (from.depth == 1) {
-    for (int64_t i = 0; i < rows; ++i) {
-      const T* row = from.at(i, 0);
-      float* at = row_of_tile(i);
-      int64_t k = 0;
-      for (; k + BLOCK <= values; k += BLOCK, at += STEP) store(at, load_lanes<Products>(row + k));
-      if (k < values) store(at, load_lanes_partial<Products>(row + k, values - k));
-    }
-    return;
-  }
-  for (int64_t i = 0; i < rows; i += LANES) {
-    const int64_t here = rows - i < LANES ? rows - i : LANES;
-    for (int64_t k = 0; k < values; k += BLOCK) {
-      const T* corner = from.at(i, k);
-      const int64_t offset = k / BLOCK * STEP;
-      vec block[LANES];
-      if (here == LANES && values - k >= BLOCK) {
-#pragma GCC unroll 16
-        for (int64_t d = 0; d < LANES; ++d) {
-          block[d] =
-              join_values<Products>(corner + d * Products::VALUES * from.depth, from.depth, Products::VALUES, LANES);
-        }
-        transpose(block);
-#pragma GCC unroll 16
-        for (int64_t r = 0; r < LANES; ++r) store(row_of_tile(i + r) + offset, block[r]);
-      } else {
-        for (int64_t d = 0; d < LANES; ++d) {
-          const int64_t left = values - k - d * Products::VALUES;
-          const T* row = corner + d * Products::VALUES * from.depth;
-          block[d] = left > 0 ? join_values<Products>(row, from.depth, left, here) : vec{};
-        }
-        transpose(block);
-        for (int64_t r = 0; r < here; ++r) store(row_of_tile(i + r) + offset, block[r]);
-      }
-    }
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* row = from.at(i, 0);
+    float* at = row_of_tile(i);
+    int64_t k = 0;
+    for (; k + BLOCK <= values; k += BLOCK, at += STEP) store(at, load_lanes<Products>(row + k));
+    if (k < values) store(at, load_lanes_partial<Products>(row + k, values - k));
   }
 }
 
