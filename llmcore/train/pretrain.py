@@ -241,17 +241,18 @@ BERT_SHAPE = {
     "outputs": ("pooler", "masked_language", "next_sentence"),
 }
 
+TINY_SHAPE: dict[str, Any] = {
+    "width": 192,
+    "layers": 4,
+    "heads": 3,
+    "kv_heads": 3,
+    "head_width": 64,
+}
+
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(
         Preparation(("bible",)),
-        {
-            "width": 192,
-            "layers": 4,
-            "heads": 3,
-            "kv_heads": 3,
-            "head_width": 64,
-            "feed_forward": 512,
-        },
+        TINY_SHAPE | {"feed_forward": 512},
         Recipe(steps=400, learning_rate=4e-3, warm_up=40),
         length=256,
         rows=16,
@@ -259,15 +260,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "tiny-masked": Preset(
         Preparation(("bible",), special=masking.SPECIAL),
-        {
-            "width": 192,
-            "layers": 4,
-            "heads": 3,
-            "kv_heads": 3,
-            "head_width": 64,
-            "feed_forward": 768,
-            **BERT_SHAPE,
-        },
+        TINY_SHAPE | BERT_SHAPE | {"feed_forward": 768},
         Recipe(steps=600, learning_rate=1e-3, warm_up=60),
         length=128,
         rows=32,
