@@ -2,8 +2,9 @@
 
 Measured as the system counts it, resident pages of the process, so that everything is in it: the
 allocator of torch, our scratch, what a library takes for itself. Memory that was freed but kept by
-the C library is given back before (it would hide what a call takes), and after (it would look like
-results). What stays from the first call on, as a library's cache, is nobody's extra.
+the C library, or by llmcore for its next call, is given back before (it would hide what a call
+takes), and after (it would look like results). What stays from the first call on, as a library's
+cache, is nobody's extra.
 
 Torch's profiler sees its own allocator only, and a child process for each contender, which would
 see the same as this, would spend seconds on starting and on warming up.
@@ -15,6 +16,8 @@ import contextlib
 import ctypes
 import re
 from pathlib import Path
+
+from llmcore import native
 
 from .timing import Contender
 
@@ -30,6 +33,8 @@ def can_be_measured() -> bool:
 
 def give_back() -> None:
     """Pages that were freed go to the system."""
+    if native.module is not None:
+        native.module.release_scratch()
     ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -1,5 +1,6 @@
 #include "levels.h"
 
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -8,6 +9,8 @@ namespace llmcore {
 Runtime runtime = {
     [](int64_t count, int64_t, Runtime::Body body, void* context) { body(0, count, context); },
     [] { return int64_t{1}; },
+    [](int64_t bytes) { return Memory{std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64), bytes}; },
+    [](Memory memory) { std::free(memory.data); },
     int64_t{32} << 20,
 };
 

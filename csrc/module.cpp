@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "levels.h"
+#include "scratch_pool.h"
 
 namespace py = pybind11;
 
@@ -27,5 +28,7 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "set_cache_bytes", [](int64_t bytes) { return std::exchange(llmcore::runtime.cache_bytes, bytes); },
       "Results from this size on are stored past the caches; returns what it was. For tests.");
+  m.def("release_scratch", llmcore::release_scratch,
+        "Give the scratch memory that is kept between calls back to the system.");
   llmcore::bind_decoder_plan(m);
 }

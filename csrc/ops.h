@@ -18,12 +18,20 @@ namespace llmcore {
 
 enum class Dtype : int32_t { float32, bfloat16, float16 };
 
+struct Memory {
+  void* data;
+  int64_t bytes;
+};
+
 // What a kernel needs from its host: threads and scratch memory. Set once, by whoever loads the kernels.
 struct Runtime {
   using Body = void (*)(int64_t begin, int64_t end, void* context);
   // Calls body on disjoint ranges that cover [0, count), on several threads when count > grain.
   void (*parallel_for)(int64_t count, int64_t grain, Body body, void* context);
   int64_t (*threads)();
+  // At least so many bytes, 64-byte aligned and with anything in them, or null when there is no memory.
+  Memory (*borrow)(int64_t bytes);
+  void (*give_back)(Memory memory);
   int64_t cache_bytes;  // of the last level, for all cores; a result as large as that is stored past the caches
 };
 extern Runtime runtime;

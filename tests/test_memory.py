@@ -129,3 +129,17 @@ def test_memory_of_generation_is_flat() -> None:
 def test_memory_of_logits_that_are_kept_is_seen() -> None:
     torch.set_num_threads(1)
     assert grown_by_generating(900, lambda logits: logits) > 4 * NOISE
+
+
+def test_scratch_is_kept_for_the_next_call_and_released() -> None:
+    skip_without_kernel("linear")
+    x, weight = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    with dispatch.use("cpu"), torch.no_grad():
+        ops.linear(x, weight)
+        memory.give_back()
+        released = memory.status("VmRSS")
+        ops.linear(x, weight)
+        kept = memory.status("VmRSS")
+    memory.give_back()
+    assert kept - released > 4 * NOISE  # x, packed
+    assert memory.status("VmRSS") - released < NOISE

@@ -57,16 +57,22 @@ bool gemm_many(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matri
       M < blocks_in_chunk * ROW_BLOCK ? (M + LANES - 1) / LANES * LANES : blocks_in_chunk * ROW_BLOCK;
   int64_t step = COLUMN_BLOCK;
   if (columns_cut == Cut::as_threads_need) {
-    const auto strips_of = [&](int64_t panels) { return (N + panels * PANEL - 1) / (panels * PANEL); };
     const int64_t for_rows = chunk_rows * STRIP_WORDS_A_ROW, most = for_rows < STRIP_WORDS ? for_rows : STRIP_WORDS;
-    int64_t panels = COLUMN_BLOCK / PANEL;
-    while (panels > 1 && (panels * PANEL_VECS * group > most || strips_of(panels) < 4 * threads)) panels /= 2;
+    const int64_t all = (N + PANEL - 1) / PANEL, widest = most / (PANEL_VECS * group);
+    int64_t panels = widest < 1 ? 1 : widest < COLUMN_BLOCK / PANEL ? widest : COLUMN_BLOCK / PANEL;
+    // As many strips for one thread as for another, and some for each, for one may be disturbed.
+    int64_t strips = (all + panels - 1) / panels;
+    strips = ((strips < 4 * threads ? 4 * threads : strips) + threads - 1) / threads * threads;
+    panels = (all + strips - 1) / strips;
     step = panels * PANEL;
   }
   const int64_t strips = (N + step - 1) / step, strip_groups = (step + LANES - 1) / LANES;
-  const Scratch chunk(chunk_rows / LANES * group);
-  if (!chunk.ok()) return false;
-  Failure no_memory;
+  // One piece of memory, the threads' strips first: where they lie in huge pages, no sets of the second cache are
+  // crowded.
+  const int64_t strip_words = (strip_groups * group + STACK_SLOT * CHAINS_LOG2 + ROW_BLOCK * step) | LANES;
+  const Scratch memory(threads * strip_words + chunk_rows / LANES * group);
+  if (!memory.ok()) return false;
+  float* const chunk = memory.data() + threads * strip_words;
   for (int64_t first = 0; first < M; first += chunk_rows) {
     const int64_t rows = M - first < chunk_rows ? M - first : chunk_rows;
     const int64_t blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
@@ -74,7 +80,7 @@ bool gemm_many(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matri
       const int64_t r = block * ROW_BLOCK, r_end = end == blocks ? rows : end * ROW_BLOCK;
       for (int64_t at = r; at < r_end; at += ROW_BLOCK) {
         const int64_t here = r_end - at < ROW_BLOCK ? r_end - at : ROW_BLOCK;
-        pack_groups<Products>(a.from(first + at, 0), here, K, cut, group, chunk.data() + at / LANES * group);
+        pack_groups<Products>(a.from(first + at, 0), here, K, cut, group, chunk + at / LANES * group);
       }
     });
     // A few tasks for each thread even out their lengths.
@@ -82,12 +88,12 @@ bool gemm_many(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matri
                                                                         : wanted < blocks ? wanted
                                                                                           : blocks;
     const int64_t part_rows = (blocks + parts - 1) / parts * ROW_BLOCK;
+    int64_t joined = 0;  // threads
     parallel_tasks(
         strips * parts,
         [&](const auto& next) {
-          const Scratch memory(strip_groups * group + STACK_SLOT * CHAINS_LOG2 + ROW_BLOCK * step);
-          if (!memory.ok()) return no_memory.set();
-          float *strip = memory.data(), *stack = strip + strip_groups * group, *sums = stack + STACK_SLOT * CHAINS_LOG2;
+          float* strip = memory.data() + __atomic_fetch_add(&joined, 1, __ATOMIC_RELAXED) * strip_words;
+          float *stack = strip + strip_groups * group, *sums = stack + STACK_SLOT * CHAINS_LOG2;
           int64_t packed = -1;
           for (int64_t task = next(); task >= 0; task = next()) {
             const int64_t n = task / parts * step, columns = N - n < step ? N - n : step;
@@ -102,14 +108,13 @@ bool gemm_many(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matri
               const auto finish_tile = [&](int64_t i, int64_t i_end, int64_t c, int64_t count) {
                 if (columns_cut != Cut::whole_blocks) finish_rows(i, i_end, c, count);
               };
-              multiply_strip<Products>(chunk.data() + r / LANES * group, strip, here, columns, K, cut, group, stack,
-                                       sums, step, finish_tile);
+              multiply_strip<Products>(chunk + r / LANES * group, strip, here, columns, K, cut, group, stack, sums,
+                                       step, finish_tile);
               if (columns_cut == Cut::whole_blocks) finish_rows(0, here, 0, columns);
             }
           }
         },
         threads == 1);
-    if (no_memory.happened()) return false;
   }
   return true;
 }

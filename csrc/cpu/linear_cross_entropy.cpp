@@ -52,10 +52,12 @@ bool forward(const LinearCrossEntropyForward& a) {
   return true;
 }
 
-// Classes that are taken at once: few enough that their logits are little beside all, in whole vectors.
+// Classes that are taken at once: few enough that their logits are little beside all, and as many as make products
+// that are worth packing x for; in whole panels of a product, the same number for some threads.
 int64_t chunk_of(int64_t classes) {
-  const int64_t chunk = (classes / 128 + LANES - 1) / LANES * LANES;
-  return chunk < 128 ? 128 : chunk;
+  constexpr int64_t STEP = 4 * PANEL;
+  const int64_t steps = (classes / 64 + STEP / 2) / STEP;
+  return steps < 1 ? STEP : steps * STEP;
 }
 
 template <class T>

@@ -1,8 +1,6 @@
 // Work over threads, and each thread's scratch memory.
 #pragma once
 
-#include <cstdlib>
-
 #include "../ops.h"
 #include "vec.h"
 
@@ -36,19 +34,18 @@ void parallel_rows(int64_t rows, int64_t width, const F& body) {
   parallel_stores(rows, grain, body);
 }
 
-// 64-byte aligned memory for one call, freed with it. `ok()` is false when there was none.
+// 64-byte aligned memory for one call, given back with it. `ok()` is false when there was none.
 class Scratch {
  public:
-  explicit Scratch(int64_t floats)
-      : data_(static_cast<float*>(std::aligned_alloc(64, (size_t(floats) * sizeof(float) + 64) / 64 * 64))) {}
-  ~Scratch() { std::free(data_); }
+  explicit Scratch(int64_t floats) : memory_(runtime.borrow((floats + 1) * int64_t(sizeof(float)))) {}
+  ~Scratch() { runtime.give_back(memory_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  bool ok() const { return data_ != nullptr; }
-  float* data() const { return data_; }
+  bool ok() const { return memory_.data != nullptr; }
+  float* data() const { return static_cast<float*>(memory_.data); }
 
  private:
-  float* data_;
+  Memory memory_;
 };
 
 // Something that went wrong on some thread.

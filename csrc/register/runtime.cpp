@@ -1,8 +1,9 @@
-// Lends the kernels torch's own thread pool, so that a process has one (and one OpenMP runtime), and tells them what
-// the operating system knows of the caches.
+// Lends the kernels torch's own thread pool, so that a process has one (and one OpenMP runtime), and memory that is
+// kept between calls, and tells them what the operating system knows of the caches.
 #include <fstream>
 
 #include "../register.h"
+#include "../scratch_pool.h"
 
 namespace llmcore {
 namespace {
@@ -21,6 +22,8 @@ int64_t last_level_cache() {
 const bool lent = [] {
   runtime.parallel_for = torch_threads;
   runtime.threads = [] { return int64_t(torch::stable::get_num_threads()); };
+  runtime.borrow = borrow_scratch;
+  runtime.give_back = return_scratch;
   runtime.cache_bytes = last_level_cache();
   return true;
 }();
