@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from llmcore import ops
 from llmcore.swap.attention import small_inputs
-from llmcore.swap.instance import Swapped
-from llmcore.swap.modules import Linear, has_hooks
+from llmcore.swap.decoder_cache import CACHE_NAMES
+from llmcore.swap.instance import Swapped, has_hooks
+from llmcore.swap.linears import Linear
 from llmcore.swap.structure import Refusal, difference, draw, largest
 
 OF_LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
@@ -66,7 +67,7 @@ def takes(model: Any, named: Mapping[str, Any]) -> bool:
     head = model.get_output_embeddings()
     function, _ = model._llmcore_loss
     parameter = next(model.base_model.parameters())
-    known = ("labels", "past_key_values", "use_cache", *PLAIN, *OF_LOSS)
+    known = ("labels", "use_cache", *CACHE_NAMES, *PLAIN, *OF_LOSS)
     asked = [n for n, v in named.items() if n not in known and v is not None and v is not False]
     asked += [n for n, v in vars(model.config).items() if n.startswith("output_") and v]
     if set(asked) - {"logits_to_keep", "return_dict"}:
