@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import TEXT, build, inputs, padding, transformers, valid
+from families import CACHE, TEXT, build, inputs, padding, transformers, valid
 
 import llmcore
+from llmcore.swap import loss
 from llmcore.swap.instance import is_swapped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -153,14 +154,14 @@ def test_native_passes_see_what_happens_to_a_cache():
     def run(model):
         cache = transformers.DynamicCache(config=model.config)
         with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache)
+            model(input_ids=ids, **{CACHE: cache})
             snapshot = copy.deepcopy(cache)
-            first = model(input_ids=ids[:, :2], past_key_values=cache).logits
+            first = model(input_ids=ids[:, :2], **{CACHE: cache}).logits
             cache.crop(-4)
-            cropped = model(input_ids=ids[:, 3:5], past_key_values=cache).logits
+            cropped = model(input_ids=ids[:, 3:5], **{CACHE: cache}).logits
             cache.reorder_cache(torch.tensor([2, 0, 0]))
-            reordered = model(input_ids=ids[:, 5:6], past_key_values=cache).logits
-            again = model(input_ids=ids[:, :2], past_key_values=snapshot).logits
+            reordered = model(input_ids=ids[:, 5:6], **{CACHE: cache}).logits
+            again = model(input_ids=ids[:, :2], **{CACHE: snapshot}).logits
         assert cache.get_seq_length() == 11 + 2 - 4 + 2 + 1
         assert torch.equal(first, again)
         return first, cropped, reordered, cache.layers[1].keys
@@ -193,13 +194,30 @@ def test_native_passes_step_aside():
     with torch.no_grad():
         model.model.norm.weight.mul_(2.0)  # in place: the pass sees it
     model(
-        input_ids=ids, past_key_values=transformers.DynamicCache(config=model.config)
+        input_ids=ids, **{CACHE: transformers.DynamicCache(config=model.config)}
     ).logits.sum().backward()
     assert passes(model) == count + 8
     assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
     model.bfloat16()
     generate(model, ids)
     assert passes(model) == count + 8
+
+
+def test_a_model_without_native_passes_says_why():
+    reports = {family: llmcore.accelerate(stock(family)) for family in ("gpt_neox", "bert", "t5")}
+    reasons = {
+        family: [left.reason for left in report.left if left.kind == "decoder pass"]
+        for family, report in reports.items()
+    }
+    assert len(reasons["gpt_neox"]) == 1 and not reasons["bert"] and not reasons["t5"]
+
+    class Renamed(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, memory=None, **rest):
+            return super().forward(input_ids, attention_mask, **rest, **{CACHE: memory})
+
+    model = Renamed(stock("llama").config).eval()
+    (left,) = (x for x in llmcore.accelerate(model).left if x.kind == "decoder pass")
+    assert left.reason == "its forward has no input_ids with a cache or past_key_values"
 
 
 def test_static_cache_and_sampling_are_the_same():
@@ -236,8 +254,10 @@ def loss_and_gradients(model, arguments):
     return output, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("few", [0, 1 << 24], ids=["many_logits", "few_logits"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi", "bert", "gpt_oss", "qwen3"])
-def test_training_step_is_the_same(family):
+def test_training_step_is_the_same(family, few, monkeypatch):
+    monkeypatch.setattr(loss, "FEW_LOGITS", few)
     model = stock(family).train()
     arguments = inputs(family)
     expected, wanted = loss_and_gradients(model, arguments)
