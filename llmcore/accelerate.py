@@ -154,7 +154,7 @@ class _Work:
             change = become(self.model, decoder.CausalDecoder, **attributes)
             try:
                 undo, error = decoder.checked(self.model)
-            except (decoder.Unfit, RuntimeError, TypeError, ValueError) as reason:
+            except (decoder.Unfit, *decoder.OF_OTHERS) as reason:
                 change.undo()
                 self.report.left.append(Left("", "decoder pass", str(reason)))
             else:

@@ -1,10 +1,9 @@
 """A whole pass of a decoder over transformers' cache as one native call.
 
-Of a model whose parts are an embedding, layers of norm, rotary attention, norm and gated network, a
-norm and a head, each swapped already, a `models.Decoder` is made over the same memory: where it
-holds queries, keys and values (or gate and up) as one matrix, the model's parameters become views
-of that one. Its native pass (models/plan.py) then runs on buffers of which the cache's own tensors
-are views, so that whoever looks into the cache, crops or reorders it finds what he expects.
+Of a model whose parts are an embedding, layers of norms, attention and a feed-forward network, a
+norm and a head (`decoder_parts`), a `models.Decoder` is made over the same memory
+(`decoder_weights`). Its native pass (models/plan.py) then runs on buffers of which the cache's own
+tensors are views, so that whoever looks into the cache, crops or reorders it finds what he expects.
 
 Anything out of the ordinary (gradients, a hook on a part, a part that was replaced, a cache of
 another kind, a mask that is more than padding on the left) goes the model's own way.
@@ -22,11 +21,11 @@ from torch import Tensor, nn
 
 from llmcore.models.plan import refuses_call, refuses_model
 from llmcore.swap.attention import small_inputs
-from llmcore.swap.decoder_cache import CACHE_NAMES, held
-from llmcore.swap.decoder_call import Call, call_of
-from llmcore.swap.decoder_parts import Parts, Unfit, config_of, parts_of
+from llmcore.swap.decoder_cache import CACHE_NAMES, held, windows_of
+from llmcore.swap.decoder_call import Call, call_of, new_cache
+from llmcore.swap.decoder_parts import Parts, Unfit, config_of, parts_of, settings_of
 from llmcore.swap.decoder_plan import SharedPlan, Slots
-from llmcore.swap.decoder_weights import is_whole, shared_decoder
+from llmcore.swap.decoder_weights import shared_decoder, way_back
 from llmcore.swap.instance import Swapped, has_hooks
 from llmcore.swap.loss import argument_names
 from llmcore.swap.structure import difference, largest
@@ -42,6 +41,8 @@ class Passes:
         self.cache_name = ""  # of the output's field
         self.why_not = ""
         self.count = 0
+        self.paused = False  # while the model's own way is asked for
+        self.drops = True  # whether there is dropout in training
         self._watched: list[nn.Module] = []
         self._children: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._seen: tuple[Any, ...] = ()
@@ -54,17 +55,20 @@ class Passes:
 
     def run(self, model: nn.Module, arguments: Mapping[str, Any]) -> Any:
         """The model's output, or None where this call goes the model's own way."""
-        if self.why_not or self.output is None or refuses_call():
+        if self.paused or self.why_not or self.output is None or refuses_call():
+            return None
+        if model.training and self.drops:
             return None
         call = call_of(model, arguments)
         if call is None or not self._ready(model):
             return None
         assert self.plan is not None
-        if len(call.cache.layers) != self.plan.model.config.layers:
+        end = call.cache.get_seq_length() + call.ids.shape[1]
+        if call.windows != self.plan.windows or end > self.plan.longest:
             return None
         logits = self._logits(call)
         self.count += 1
-        return self.output(logits=logits, **{self.cache_name: call.cache})
+        return self.output(logits=logits, **{self.cache_name: call.cache if call.is_kept else None})
 
     def keep_output(self, output: type) -> None:
         """What the model's passes give, and what it calls the cache in it."""
@@ -78,11 +82,16 @@ class Passes:
     def build(self, model: nn.Module) -> None:
         """Unfit where the model has no native pass."""
         self.parts = parts_of(model)
-        config, scale = config_of(model, self.parts)
+        config = config_of(model, self.parts)
+        windows = windows_of(new_cache(model.config))
+        if windows is None or len(windows) != config.layers:
+            raise Unfit("its cache is no plain one")
         decoder = shared_decoder(config, self.parts)
         if reasons := refuses_model(decoder):
             raise Unfit(reasons[0])
-        self.plan = SharedPlan(decoder, "cpu", self.parts.rotary, scale)
+        self.plan = SharedPlan(decoder, "cpu", self.parts.rotary, windows)
+        settings = settings_of(model)
+        self.drops = any("drop" in name and value for name, value in settings.items())
         self._watched = [*model.modules()][1:]
         self._children = [(m._modules, dict(m._modules)) for m in model.modules() if m._modules]
         self._seen = self._state()
@@ -92,7 +101,7 @@ class Passes:
         if self.plan is None:
             try:
                 self.build(model)
-            except Unfit as reason:
+            except (Unfit, *OF_OTHERS) as reason:
                 self.why_not = str(reason)
                 return False
         return self._state() == self._seen and self._unchanged()
@@ -141,7 +150,7 @@ class Passes:
         if call.pads is not None and start == 0 and not call.last_only:
             back = (torch.arange(new) - call.pads[:, None]).clamp(min=0)
             logits = logits.gather(1, back[..., None].expand_as(logits))
-        return logits
+        return plan.model.capped(logits)
 
 
 class CausalDecoder(Swapped):
@@ -198,16 +207,12 @@ def checked(model: Any) -> tuple[Callable[[], None], float]:
     """
     passes: Passes = model._llmcore_passes
     training = [m for m in model.modules() if m.training]
-    whole = {id(p) for p in model.parameters() if is_whole(p)}
-
-    def undo() -> None:
-        for parameter in model.parameters():
-            if id(parameter) in whole and not is_whole(parameter):
-                parameter.data = parameter.data.clone()
-
+    undo = way_back(model)
     model.eval()
     try:
+        passes.paused = True
         expected = generated(model)
+        passes.paused = False
         passes.build(model)
         if passes.why_not:
             raise Unfit(passes.why_not)
@@ -226,6 +231,9 @@ def checked(model: Any) -> tuple[Callable[[], None], float]:
 
 
 ROUNDINGS = 5.0
+
+OF_OTHERS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+"""What another library's parts may raise where they are not what they are taken for."""
 
 
 @torch.no_grad()

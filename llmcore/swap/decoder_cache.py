@@ -38,10 +38,14 @@ class Held:
         )
 
     def show(self, layers: Sequence[Any], length: int) -> None:
-        """Make the cache's tensors the views of the first `length` tokens."""
+        """Make the cache's tensors the views of the first `length` tokens, or the last of them."""
         self.views = []
         for layer, k, v in zip(layers, self.keys, self.values, strict=True):
-            keys, values = k[:, :, :length], v[:, :, :length]
+            begin, window = 0, window_of(layer)
+            if window:
+                begin = max(length - window + 1, 0)
+                layer.cumulative_length = length
+            keys, values = k[:, :, begin:length], v[:, :, begin:length]
             if not layer.is_initialized:
                 layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
@@ -62,16 +66,27 @@ def held(cache: Any, config: TransformerConfig, batch: int, new: int, dtype: tor
     )
     if length:
         for layer, keys, values in zip(layers, made.keys, made.values, strict=True):
-            keys[:, :, :length] = layer.keys
-            values[:, :, :length] = layer.values
+            begin = length - layer.keys.shape[2]  # what a window has let go is read by nobody
+            keys[:, :, begin:length] = layer.keys
+            values[:, :, begin:length] = layer.values
     cache._llmcore_held = made
     return made
 
 
-def is_plain_cache(cache: Any) -> bool:
-    """Whether it is a DynamicCache, all of whose layers keep every token."""
+def windows_of(cache: Any) -> tuple[int, ...] | None:
+    """The window of each of a cache's layers, 0: none; None for a cache of another kind."""
     if cache is None:
-        return False
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+        return None
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    return type(cache) is DynamicCache and all(type(x) is DynamicLayer for x in cache.layers)
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    if type(cache) is not DynamicCache or any(type(x) not in kinds for x in cache.layers):
+        return None
+    if any(getattr(layer, "record_past", False) for layer in cache.layers):
+        return None
+    return tuple(window_of(layer) for layer in cache.layers)
+
+
+def window_of(layer: Any) -> int:
+    """The keys that a query sees by this layer's cache, 0: all."""
+    return getattr(layer, "sliding_window", 0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmcore.swap.decoder_cache import CACHE_NAMES, is_plain_cache
+from llmcore.swap.decoder_cache import CACHE_NAMES, windows_of
 
 IGNORED = {"use_cache": (True,), "return_dict": (True, None)}
 """Arguments of a pass that change nothing at these values, beside those that are None or False."""
@@ -21,6 +21,8 @@ class Call:
 
     ids: Tensor  # (B, T) int64
     cache: Any
+    windows: tuple[int, ...]  # of the cache's layers
+    is_kept: bool  # whether the model's output has the cache
     pads: Tensor | None  # (B,): what pads each sequence on its left; None: nothing does
     last_only: bool
 
@@ -29,9 +31,13 @@ def call_of(model: nn.Module, arguments: Mapping[str, Any]) -> Call | None:
     """The call as a native pass takes it; None where it is out of the ordinary."""
     config: Any = model.config
     named = dict(arguments)
-    ids, cache = named.pop("input_ids", None), None
+    ids: Any = named.pop("input_ids", None)
+    cache: Any = None
     for name in CACHE_NAMES:  # of both names, the other one stays to be refused
         cache = named.pop(name, None) if cache is None else cache
+    wanted = named.get("use_cache")
+    is_kept = cache is not None or bool(config.use_cache if wanted is None else wanted)
+    cache = new_cache(config) if cache is None else cache
     mask, positions = named.pop("attention_mask", None), named.pop("position_ids", None)
     keep = named.pop("logits_to_keep", 0)
     for name, value in named.items():
@@ -43,7 +49,8 @@ def call_of(model: nn.Module, arguments: Mapping[str, Any]) -> Call | None:
         return None
     if ids.device.type != "cpu" or type(keep) is not int or keep not in (0, 1):
         return None
-    if not is_plain_cache(cache):
+    windows = windows_of(cache)
+    if windows is None:
         return None
     start = cache.get_seq_length()
     if start and cache.layers[0].keys.shape[0] != ids.shape[0]:
@@ -51,7 +58,14 @@ def call_of(model: nn.Module, arguments: Mapping[str, Any]) -> Call | None:
     pads = padding_on_the_left(mask, ids.shape[0], start, ids.shape[1])
     if pads is False or not positions_fit(positions, pads, start, ids.shape[1]):
         return None
-    return Call(ids, cache, pads, keep == 1)  # type: ignore[arg-type]
+    return Call(ids, cache, windows, is_kept, pads, keep == 1)  # type: ignore[arg-type]
+
+
+def new_cache(config: Any) -> Any:
+    """The cache that the models make where they are given none."""
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache(config=config)
 
 
 def padding_on_the_left(mask: Any, batch: int, start: int, new: int) -> Tensor | bool | None:

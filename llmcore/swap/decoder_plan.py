@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from llmcore import native
 from llmcore.models.plan import Plan
 from llmcore.models.transformer import Decoder
 from llmcore.swap.decoder_cache import Held
-from llmcore.swap.decoder_parts import Unfit
+from llmcore.swap.decoder_parts import Unfit, angles, has_window_angles
 
 
 @dataclass(frozen=True)
@@ -32,32 +33,45 @@ class Slots:
 class SharedPlan(Plan):
     """The native pass of a shared decoder; its angles are the model's."""
 
-    def __init__(self, decoder: Decoder, backend: str, rotary: nn.Module, scale: float) -> None:
-        default = decoder.config.head_width**-0.5
-        if abs(scale - default) > 1e-6 * default:
-            raise Unfit("its scores are scaled in a way of its own")
-        self.rotary = rotary
+    def __init__(
+        self, decoder: Decoder, backend: str, rotary: nn.Module | None, windows: Sequence[int]
+    ) -> None:
+        """rotary: the model's angles, None: its positions are learned; windows: of each layer."""
         assert decoder.head is not None
+        self.rotary, self.windows = rotary, tuple(windows)
         self.vocabulary = decoder.head.weight.shape[0]
-        if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):
+        kinds = getattr(rotary, "rope_type", "default")
+        if {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
             raise Unfit("its angles depend on the length of the text")
+        self._turns: dict[bool, tuple[Tensor, Tensor]] = {}
         super().__init__(decoder, backend)
 
-    def angles_to(self, end: int) -> tuple[Tensor, Tensor]:
+    @property
+    def longest(self) -> int:
+        """The text that there are positions for."""
+        return self.model.config.context_length
+
+    def _window_of(self, number: int) -> tuple[int, bool]:
+        window = self.windows[number]
+        return window, window > 0 and has_window_angles(self.rotary)
+
+    def angles_to(self, end: int, *, of_windows: bool = False) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 (positions, D / 2), of at least the positions below `end`."""
-        if len(self._angles[0]) < end:
-            like = torch.empty(1, 1, 1, dtype=torch.float32)
+        if self.rotary is None:
+            return torch.empty(0), torch.empty(0)
+        if of_windows not in self._turns or len(self._turns[of_windows][0]) < end:
             positions = torch.arange(max(2 * end, 256))[None]
             half = self.model.config.head_width // 2
-            cos, sin = self.rotary(like, positions)
-            self._angles = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
-        return self._angles
+            cos, sin = angles(self.rotary, positions, of_windows=of_windows)
+            self._turns[of_windows] = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        return self._turns[of_windows]
 
     def run(
         self, ids: Tensor, logits: Tensor, buffers: Held, slots: Slots, last: Tensor | None
     ) -> None:
         """Fill the logits of these tokens, and the buffers with their keys and values."""
         cos, sin = self.angles_to(slots.end)
+        window_cos, window_sin = self.angles_to(slots.end, of_windows=True)
         strides = buffers.keys[0].stride()[:3]
         if slots.table is not None:
             strides = (self.model.config.head_width, *strides[1:])
@@ -75,6 +89,8 @@ class SharedPlan(Plan):
             last=address(last),
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
+            window_cos=window_cos.data_ptr(),
+            window_sin=window_sin.data_ptr(),
             buffers=[*addresses, [], []],
             kv_dtype=native.module.KvDtype.same,  # type: ignore[union-attr]
             cache_strides=strides,

@@ -83,7 +83,7 @@ def linear_layout(module: nn.Module) -> str | None:
         try:
             if agrees(module(x), F.linear(x, matrix, bias)):
                 return layout
-        except (RuntimeError, IndexError, TypeError):
+        except (RuntimeError, IndexError, TypeError, AttributeError):
             continue
     return None
 
@@ -98,13 +98,20 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, Linear | PackedColumns) or linear_layout(module) is not None
 
 
+def holds_columns(module: nn.Module) -> bool:
+    """Whether a linear's weight is (K, N)."""
+    if isinstance(module, Linear):
+        return False
+    return isinstance(module, PackedColumns) or linear_layout(module) == "columns"
+
+
 def columns(module: nn.Module) -> int:
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.shape[0 if isinstance(module, PackedColumns) else 1]
+    return weight.shape[0 if holds_columns(module) else 1]
 
 
 def outputs(module: nn.Module) -> int:
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.shape[1 if isinstance(module, PackedColumns) else 0]
+    return weight.shape[1 if holds_columns(module) else 0]

@@ -147,6 +147,50 @@ def test_native_passes_are_the_modules(weights):
         assert passes(other) == 0
 
 
+NATIVE = ("qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2")
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_native_passes_of_other_structures(family):
+    """Padded, past the end of every window, and from a cache that the modules have filled."""
+    model = stock(family)
+    ids, mask = inputs(family, "left")["input_ids"], padding("left")
+    strides = [p.stride() for p in model.parameters()]
+    expected = generate(model, ids, mask, max_new_tokens=12)
+    caches = [transformers.DynamicCache(config=model.config) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model(input_ids=ids[:, :7], **{CACHE: cache})
+        want = model(input_ids=ids[:, 7:], **{CACHE: caches[0]}).logits
+        report = llmcore.accelerate(model)
+        before = passes(model)
+        assert torch.equal(generate(model, ids, mask, max_new_tokens=12), expected)
+        got = model(input_ids=ids[:, 7:], **{CACHE: caches[1]}).logits
+    assert passes(model) == before + 12 + 1
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
+        assert ours.get_seq_length() == theirs.get_seq_length() == ids.shape[1]
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-4, rtol=1e-4)
+    report.undo()
+    assert [p.stride() for p in model.parameters()] == strides
+
+
+def test_native_passes_without_a_cache_and_with_dropout():
+    model = stock("gpt2")
+    model.config.attn_pdrop = 0.5
+    arguments = inputs("gpt2", "right")
+    with torch.no_grad():
+        expected = model(input_ids=arguments["input_ids"], use_cache=False)
+        llmcore.accelerate(model)
+        before = passes(model)
+        got = model(input_ids=arguments["input_ids"], use_cache=False)
+        assert passes(model) == before + 1
+        torch.testing.assert_close(got.logits, expected.logits, atol=1e-4, rtol=1e-4)
+        assert got.keys() == expected.keys()
+        model.train()(input_ids=arguments["input_ids"])
+    assert passes(model) == before + 1
+
+
 def test_native_passes_see_what_happens_to_a_cache():
     model = stock("llama")
     ids = inputs("llama")["input_ids"]
