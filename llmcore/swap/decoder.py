@@ -207,7 +207,7 @@ def checked(model: Any) -> tuple[Callable[[], None], float]:
     """
     passes: Passes = model._llmcore_passes
     training = [m for m in model.modules() if m.training]
-    undo = way_back(model)
+    undo, strides = way_back(model), [p.stride() for p in model.parameters()]
     model.eval()
     try:
         passes.paused = True
@@ -221,6 +221,10 @@ def checked(model: Any) -> tuple[Callable[[], None], float]:
             raise Unfit("its calls have arguments that a native pass has no way for")
         if (error := difference(found, expected)) > ROUNDINGS:
             raise Unfit(f"{error:.0f} times what rounding explains")
+        if strides != [p.stride() for p in model.parameters()]:
+            # Gradients of parameters that lie transposed are copied: not before text is written.
+            undo()
+            passes.plan = None
     except Exception:
         undo()
         raise

@@ -163,6 +163,7 @@ def test_native_passes_of_other_structures(family):
             model(input_ids=ids[:, :7], **{CACHE: cache})
         want = model(input_ids=ids[:, 7:], **{CACHE: caches[0]}).logits
         report = llmcore.accelerate(model)
+        assert [p.stride() for p in model.parameters()] == strides
         before = passes(model)
         assert torch.equal(generate(model, ids, mask, max_new_tokens=12), expected)
         got = model(input_ids=ids[:, 7:], **{CACHE: caches[1]}).logits
