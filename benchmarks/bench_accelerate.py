@@ -1,17 +1,20 @@
 """`llmcore bench accelerate`: models of Hugging Face, as they come and after llmcore.accelerate.
 
 Every family with random weights at a small size, and some shapes that people run. Stock and
-accelerated models have the same weights and take turns, round by round. Prints the tables of
-docs/accelerate.md: what is swapped, the largest difference of outputs, and how many times as fast
-it is to read a prompt, to decode, and to train.
+accelerated models have the same weights and take turns, round by round. Prints the section of
+docs/accelerate.md as it stands there (Markdown, to standard output; what is under way goes to
+standard error): what is swapped, the largest difference of outputs, and how many times as fast it
+is to read a prompt, to decode, and to train.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 import llmcore
 from llmcore.swap.report import Report
 
-from . import machine, memory
+from . import machine, memory, roofline
 from .report import JsonFile
 from .timing import Contender
 
@@ -211,18 +214,23 @@ def in_turns(call: Call, models: list[Any], rounds: int, warm: bool = False) -> 
 
 
 def compare(family: Family, rounds: int) -> Row:
-    """A family's row: checked first, then timed."""
+    """A family's row: held against stock, then timed."""
     stock = build(family)
     ours = copy.deepcopy(stock)
-    report = llmcore.accelerate(ours)
-    row = Row(family.name, report.structures(), left_of(report), 0.0)
+    row = swapped_row(family, stock, ours)
     for name, call in jobs(family, stock):
-        if name == "prefill":
-            row.difference = (call(ours) - call(stock)).abs().max().item()
         before, after = in_turns(call, [stock, ours], rounds)
         row.ratios[name] = before / after
         row.milliseconds[name] = (before * 1e3, after * 1e3)
     return row
+
+
+def swapped_row(family: Family, stock: nn.Module, ours: nn.Module) -> Row:
+    """What `accelerate` does with a copy of the stock model, and their difference."""
+    report = llmcore.accelerate(ours)
+    _, prefill = next(jobs(family, stock))
+    difference = (prefill(ours) - prefill(stock)).abs().max().item()
+    return Row(family.name, report.structures(), left_of(report), difference)
 
 
 def left_of(report: Report) -> list[str]:
@@ -235,18 +243,49 @@ def left_of(report: Report) -> list[str]:
 
 @dataclass
 class Shape:
-    """One figure: stock and accelerated, in milliseconds, and the most memory it takes beyond."""
+    """One figure: stock and accelerated, in milliseconds.
+
+    operations           of its products, for the share of the FMA peak that it reaches
+    stock_memory, ours_memory   the most that a call takes beyond its results, in bytes
+    """
 
     name: str
     stock: float
     ours: float
     goal: float
+    operations: int | None = None
     stock_memory: int | None = None
     ours_memory: int | None = None
 
     @property
     def ratio(self) -> float:
         return self.stock / self.ours
+
+    def shares(self, peak: float) -> tuple[float, float] | None:
+        """What either reaches of `peak` operations a second."""
+        if self.operations is None:
+            return None
+        return tuple(self.operations / (ms * 1e-3) / peak for ms in (self.stock, self.ours))  # type: ignore[return-value]
+
+
+def fma_peak() -> float:
+    """float32 operations a second of this machine on torch's threads: its fastest turn."""
+    probe = roofline.fma()
+    seconds = []
+    for _ in range(40):
+        start = time.perf_counter()
+        probe.call()
+        seconds.append(time.perf_counter() - start)
+    return probe.amount / min(seconds)
+
+
+def operations_of(call: Callable[[], Any]) -> int:
+    """Two for each multiply-add of the products in a call of a stock model."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def smollm2_shapes(rounds: int) -> Iterator[Shape]:
@@ -284,12 +323,15 @@ def bert_shape(rounds: int) -> Iterator[Shape]:
     def encode(model: Any) -> Any:
         return model(input_ids=ids).last_hidden_state
 
+    stock.set_attn_implementation("eager")
+    operations = operations_of(lambda: encode(stock))
     for attention in ("eager", "sdpa"):
         stock.set_attn_implementation(attention)
         ours = copy.deepcopy(stock)
         llmcore.accelerate(ours)
         before, after = in_turns(encode, [stock, ours], rounds)
-        yield Shape(f"BERT-base, 8 x 128, stock in {attention}", before * 1e3, after * 1e3, 1.3)
+        name = f"BERT-base, 8 x 128, stock in {attention}"
+        yield Shape(name, before * 1e3, after * 1e3, 1.3, operations)
 
 
 def gpt2_shape(rounds: int) -> Iterator[Shape]:
@@ -303,6 +345,9 @@ def gpt2_shape(rounds: int) -> Iterator[Shape]:
     def step(model: Any) -> None:
         model(input_ids=ids, labels=ids).loss.backward()
 
+    stock.set_attn_implementation("eager")
+    operations = operations_of(lambda: step(stock))
+    stock.set_attn_implementation("sdpa")
     ours = copy.deepcopy(stock)
     llmcore.accelerate(ours)
     peaks = []
@@ -311,14 +356,14 @@ def gpt2_shape(rounds: int) -> Iterator[Shape]:
         peaks.append(memory.extra(Contender("", lambda m=model: step(m)), 1))  # type: ignore[misc]
     before, after = in_turns(step, [stock, ours], rounds, warm=True)
     name = "GPT-2 small, 4 x 512, training step"
-    yield Shape(name, before * 1e3, after * 1e3, 1.3, peaks[0], peaks[1])
+    yield Shape(name, before * 1e3, after * 1e3, 1.3, operations, peaks[0], peaks[1])
 
 
 # The command
 
 
 def run(args: argparse.Namespace, threads: int) -> int:
-    """The command: both tables as docs/accelerate.md has them."""
+    """The command: the section of docs/accelerate.md that has its figures."""
     try:
         import transformers
     except ImportError:
@@ -328,25 +373,36 @@ def run(args: argparse.Namespace, threads: int) -> int:
     warnings.simplefilter("ignore")
     rounds = 3 if args.quick else 7
     before = torch.get_num_threads()
-    found = Found({"rounds": rounds, "threads": threads})
     try:
         torch.set_num_threads(threads)
-        print(f"\n{threads} threads, float32, random weights, medians of {rounds} rounds in turn\n")
-        print(*HEADER, sep="\n")
-        for family in FAMILIES:
-            found.rows.append(compare(family, rounds))
-            print(row_text(found.rows[-1]), flush=True)
-        print("", *SHAPE_HEADER, sep="\n")
-        for shapes in (smollm2_shapes(rounds), bert_shape(rounds), gpt2_shape(2)):
-            for shape in shapes:
-                found.shapes.append(shape)
-                print(shape_text(shape), flush=True)
+        settings = {"rounds": rounds, "threads": threads, "transformers": transformers.__version__}
+        found = Found(settings, fma_peak())
+        with contextlib.suppress(KeyboardInterrupt):  # what it has so far is printed
+            measure(found, rounds)
     finally:
         torch.set_num_threads(before)
+    print("", *section(found), sep="\n")
     path = args.json or machine.results_file()
     found.write(path)
-    print(f"\nresults: {path}")
+    print(f"results: {path}", file=sys.stderr)
     return 0
+
+
+def measure(found: Found, rounds: int) -> None:
+    """All rows, one after the other."""
+    begin = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"{time.perf_counter() - begin:5.0f} s  {text}", file=sys.stderr, flush=True)
+
+    for family in FAMILIES:
+        found.rows.append(compare(family, rounds))
+        say(row_text(found.rows[-1]))
+    for shapes in (smollm2_shapes(rounds), bert_shape(rounds), gpt2_shape(2)):
+        for shape in shapes:
+            found.shapes.append(shape)
+            say(shape_text(shape, found.peak))
+    found.peak = max(found.peak, fma_peak())
 
 
 @dataclass
@@ -354,6 +410,7 @@ class Found(JsonFile):
     """All of a run."""
 
     settings: dict[str, Any]
+    peak: float  # float32 operations a second
     rows: list[Row] = field(default_factory=list)
     shapes: list[Shape] = field(default_factory=list)
 
@@ -361,6 +418,7 @@ class Found(JsonFile):
         return {
             "machine": machine.describe(),
             "settings": self.settings,
+            "fma_peak": self.peak,
             "models": [asdict(row) for row in self.rows],
             "shapes": [asdict(shape) for shape in self.shapes],
         }
@@ -371,26 +429,45 @@ HEADER = (
     "|---|---|---|---|---|---|---|",
 )
 SHAPE_HEADER = (
-    "| | stock, ms | accelerated, ms | times as fast | to reach | memory of a step |",
-    "|---|---|---|---|---|---|",
+    "| | stock, ms | accelerated, ms | times as fast | to reach | of the FMA peak | memory |",
+    "|---|---|---|---|---|---|---|",
 )
 
 
+def section(found: Found) -> Iterator[str]:
+    """Both tables and what they were measured on, as in docs/accelerate.md."""
+    described, settings = machine.describe(), found.settings
+    versions = {**described["versions"], "transformers": settings["transformers"]}
+    yield (
+        f"{described['cpu']}, {settings['threads']} threads, float32, medians of "
+        f"{settings['rounds']} rounds in turn; "
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}:"
+    )
+    yield from ("", *HEADER, *map(row_text, found.rows), "")
+    yield f"Shapes that people run; this machine's FMA peak is {found.peak / 1e9:.0f} GFLOP/s:"
+    yield from ("", *SHAPE_HEADER, *(shape_text(s, found.peak) for s in found.shapes), "")
+
+
 def row_text(row: Row) -> str:
-    swapped = ", ".join(f"{name} {count}" for name, count in row.swapped.items())
     ratios = (row.ratios.get(name) for name in ("prefill", "decode", "training step"))
     cells = ("-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios)
     return (
-        f"| {row.name} | {swapped} | {', '.join(row.left)} | {row.difference:.0e} | "
+        f"| {row.name} | {swapped_text(row)} | {', '.join(row.left)} | {row.difference:.0e} | "
         f"{' | '.join(cells)} |"
     )
 
 
-def shape_text(shape: Shape) -> str:
-    peak = "-"
+def swapped_text(row: Row) -> str:
+    return ", ".join(f"{name} {count}" for name, count in row.swapped.items())
+
+
+def shape_text(shape: Shape, peak: float) -> str:
+    memory, share = "-", "-"
     if shape.stock_memory is not None and shape.ours_memory is not None:
-        peak = f"{shape.stock_memory / 1e9:.2f} GB -> {shape.ours_memory / 1e9:.2f} GB"
+        memory = f"{shape.stock_memory / 1e9:.2f} GB -> {shape.ours_memory / 1e9:.2f} GB"
+    if (shares := shape.shares(peak)) is not None:
+        share = " -> ".join(f"{s:.0%}" for s in shares)
     return (
         f"| {shape.name} | {shape.stock:.1f} | {shape.ours:.1f} | {shape.ratio:.2f} | "
-        f"{shape.goal:.1f} | {peak} |"
+        f"{shape.goal:.1f} | {share} | {memory} |"
     )

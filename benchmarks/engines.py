@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmcore import native
 from llmcore.models import Decoder, KVCache
+from llmcore.swap.decoder import cache_argument
 
 OURS, HUGGING_FACE, LLAMA_CPP, OTHERS = "llmcore", "Hugging Face", "llama.cpp", "other library"
 """Whose an engine is."""
@@ -203,7 +204,8 @@ class HuggingFace(Stepping):
             self.cache = transformers.DynamicCache(config=config)
 
     def run(self, forward: Any, ids: Tensor) -> Any:
-        return forward(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        cache = {cache_argument(self.stock): self.cache}
+        return forward(ids, use_cache=True, logits_to_keep=1, **cache)
 
     def step(self, ids: Tensor) -> Any:
         is_context = self.compiled and ids.shape[1] == self.job.context > self.job.new

@@ -79,6 +79,13 @@ void bind_decoder_plan(py::module_& m) {
       .value("bfloat16", KvDtype::bfloat16)
       .value("int8", KvDtype::int8);
 
+  py::enum_<Activation>(m, "Activation")
+      .value("swiglu", Activation::swiglu)
+      .value("geglu", Activation::geglu)
+      .value("gelu", Activation::gelu)
+      .value("gelu_tanh", Activation::gelu_tanh)
+      .value("relu", Activation::relu);
+
   py::class_<LinearWeight>(m, "LinearWeight", "A weight (N, K) and its bias; group 0: a plain one.")
       .def(py::init([](Address values, Address scales, Address minimums, Address bias, int64_t N, int64_t K,
                        int64_t group, Dtype dtype, Dtype bias_dtype, bool int4) {
@@ -102,33 +109,48 @@ void bind_decoder_plan(py::module_& m) {
 
   py::class_<DecoderLayer>(m, "DecoderLayer")
       .def(py::init([](NormWeight attention_norm, LinearWeight qkv, LinearWeight output, NormWeight feed_forward_norm,
-                       LinearWeight up, LinearWeight down) {
-             return DecoderLayer{attention_norm, qkv, output, feed_forward_norm, up, down};
+                       LinearWeight up, LinearWeight down, NormWeight q_norm, NormWeight k_norm,
+                       NormWeight attention_after_norm, NormWeight feed_forward_after_norm, int64_t window,
+                       bool has_window_angles) {
+             return DecoderLayer{attention_norm,
+                                 qkv,
+                                 output,
+                                 feed_forward_norm,
+                                 up,
+                                 down,
+                                 q_norm,
+                                 k_norm,
+                                 attention_after_norm,
+                                 feed_forward_after_norm,
+                                 window,
+                                 has_window_angles};
            }),
            py::kw_only(), py::arg("attention_norm"), py::arg("qkv"), py::arg("output"), py::arg("feed_forward_norm"),
-           py::arg("up"), py::arg("down"));
+           py::arg("up"), py::arg("down"), py::arg("q_norm"), py::arg("k_norm"), py::arg("attention_after_norm"),
+           py::arg("feed_forward_after_norm"), py::arg("window"), py::arg("has_window_angles"));
 
   py::class_<DecoderPlan>(m, "DecoderPlan", "csrc/ops.h, DecoderWeights; addresses must stay valid.")
-      .def(
-          py::init([](int64_t level, LinearWeight embedding, LinearWeight head, Address position_embedding,
-                      std::vector<DecoderLayer> layers, NormWeight norm, int64_t width, int64_t heads, int64_t kv_heads,
-                      int64_t head_width, int64_t window, float eps, float scale, bool gated, Dtype dtype) {
-            DecoderWeights w{};
-            w.embedding = embedding, w.head = head, w.position_embedding = at<void>(position_embedding);
-            w.norm = norm, w.width = width, w.heads = heads, w.kv_heads = kv_heads, w.head_width = head_width;
-            w.window = window, w.eps = eps, w.scale = scale, w.gated = gated, w.dtype = dtype;
-            return std::make_unique<DecoderPlan>(level, w, std::move(layers));
-          }),
-          py::kw_only(), py::arg("level"), py::arg("embedding"), py::arg("head"), py::arg("position_embedding"),
-          py::arg("layers"), py::arg("norm"), py::arg("width"), py::arg("heads"), py::arg("kv_heads"),
-          py::arg("head_width"), py::arg("window"), py::arg("eps"), py::arg("scale"), py::arg("gated"),
-          py::arg("dtype"))
+      .def(py::init([](int64_t level, LinearWeight embedding, LinearWeight head, Address position_embedding,
+                       std::vector<DecoderLayer> layers, NormWeight norm, int64_t width, int64_t heads,
+                       int64_t kv_heads, int64_t head_width, float eps, float scale, float softcap,
+                       float embedding_scale, bool plus_one, Activation activation, Dtype dtype) {
+             DecoderWeights w{};
+             w.embedding = embedding, w.head = head, w.position_embedding = at<void>(position_embedding);
+             w.norm = norm, w.width = width, w.heads = heads, w.kv_heads = kv_heads, w.head_width = head_width;
+             w.eps = eps, w.scale = scale, w.softcap = softcap, w.embedding_scale = embedding_scale;
+             w.plus_one = plus_one, w.activation = activation, w.dtype = dtype;
+             return std::make_unique<DecoderPlan>(level, w, std::move(layers));
+           }),
+           py::kw_only(), py::arg("level"), py::arg("embedding"), py::arg("head"), py::arg("position_embedding"),
+           py::arg("layers"), py::arg("norm"), py::arg("width"), py::arg("heads"), py::arg("kv_heads"),
+           py::arg("head_width"), py::arg("eps"), py::arg("scale"), py::arg("softcap"), py::arg("embedding_scale"),
+           py::arg("plus_one"), py::arg("activation"), py::arg("dtype"))
       .def(
           "forward",
           [](const DecoderPlan& plan, Address ids, Address logits, int64_t batch, int64_t tokens, int64_t start,
              int64_t end, Address starts, Address positions, Address kv_lengths, Address last, Address cos, Address sin,
-             const std::array<std::vector<Address>, 4>& buffers, KvDtype kv_dtype,
-             const std::array<int64_t, 3>& cache_strides, const std::array<int64_t, 3>& scale_strides,
+             Address window_cos, Address window_sin, const std::array<std::vector<Address>, 4>& buffers,
+             KvDtype kv_dtype, const std::array<int64_t, 3>& cache_strides, const std::array<int64_t, 3>& scale_strides,
              Address page_table, int64_t page_columns, int64_t page_length) {
             DecoderForward a{};
             a.ids = at<int64_t>(ids), a.logits = reinterpret_cast<void*>(logits);
@@ -136,6 +158,7 @@ void bind_decoder_plan(py::module_& m) {
             a.starts = at<int64_t>(starts), a.positions = at<int64_t>(positions),
             a.kv_lengths = at<int64_t>(kv_lengths), a.last = at<int64_t>(last);
             a.cos = at<float>(cos), a.sin = at<float>(sin);
+            a.window_cos = at<float>(window_cos), a.window_sin = at<float>(window_sin);
             for (size_t i = 0; i < 3; ++i)
               a.cache.strides[i] = cache_strides[i], a.cache.scale_strides[i] = scale_strides[i];
             a.cache.kv_dtype = kv_dtype;
@@ -145,9 +168,9 @@ void bind_decoder_plan(py::module_& m) {
           },
           py::kw_only(), py::arg("ids"), py::arg("logits"), py::arg("batch"), py::arg("tokens"), py::arg("start"),
           py::arg("end"), py::arg("starts"), py::arg("positions"), py::arg("kv_lengths"), py::arg("last"),
-          py::arg("cos"), py::arg("sin"), py::arg("buffers"), py::arg("kv_dtype"), py::arg("cache_strides"),
-          py::arg("scale_strides"), py::arg("page_table"), py::arg("page_columns"), py::arg("page_length"),
-          "csrc/ops.h, DecoderForward.");
+          py::arg("cos"), py::arg("sin"), py::arg("window_cos"), py::arg("window_sin"), py::arg("buffers"),
+          py::arg("kv_dtype"), py::arg("cache_strides"), py::arg("scale_strides"), py::arg("page_table"),
+          py::arg("page_columns"), py::arg("page_length"), "csrc/ops.h, DecoderForward.");
 }
 
 }  // namespace llmcore

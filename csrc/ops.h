@@ -450,7 +450,7 @@ struct LinearWeight {
   QuantizedFormat format;
 };
 
-// Of a layer norm, or without bias of an RMS norm; both in the activations' dtype.
+// Of a layer norm, or without bias of an RMS norm; both in the activations' dtype. Without weight there is no norm.
 struct NormWeight {
   const void* weight;
   const void* bias;
@@ -463,16 +463,23 @@ struct DecoderLayer {
   LinearWeight qkv, output;
   NormWeight feed_forward_norm;
   LinearWeight up, down;
+  NormWeight q_norm, k_norm;                                 // of each head's D, before positions; RMS norms
+  NormWeight attention_after_norm, feed_forward_after_norm;  // of a branch, before it is added
+  int64_t window;                                            // keys that a query sees; 0: all
+  bool has_window_angles;                                    // its angles are window_cos and window_sin
 };
+
+enum class Activation : int { swiglu, geglu, gelu, gelu_tanh, relu };  // geglu in the tanh form
 
 struct DecoderWeights {
   LinearWeight embedding, head;    // (V, C); the head is the embedding where they are tied
   const void* position_embedding;  // (context, C) in the activations' dtype, or null: rotary positions
   const DecoderLayer* layers;
   NormWeight norm;
-  int64_t layer_count, width, heads, kv_heads, head_width, window;  // window: keys that a query sees; 0: all
-  float eps, scale;                                                 // scale: of the scores
-  bool gated;
+  int64_t layer_count, width, heads, kv_heads, head_width;
+  float eps, scale, softcap, embedding_scale;  // scale and softcap (0: none) of the scores
+  bool plus_one;                               // RMS norms multiply by 1 + weight
+  Activation activation;
   Dtype dtype;  // of the activations
 };
 
@@ -491,7 +498,8 @@ struct DecoderCache {
 
 // Logits of the T new tokens of B sequences, whose keys and values go into the cache: those of token t of sequence b to
 // slot starts[b] + t, its position being positions[b] + t. logits (B, T, V) or, with `last` (B), those of the tokens
-// last[b] only, (B, V). cos and sin: of every position from 0 on, float32 (positions, D / 2).
+// last[b] only, (B, V). cos and sin: of every position from 0 on, float32 (positions, D / 2); window_cos and window_sin
+// likewise, or null.
 struct DecoderForward {
   const DecoderWeights* weights;
   DecoderCache cache;
@@ -502,6 +510,8 @@ struct DecoderForward {
   const int64_t* last;
   const float* cos;
   const float* sin;
+  const float* window_cos;
+  const float* window_sin;
   void* logits;
   int64_t B, T, start, end;
 };

@@ -21,6 +21,7 @@ from llmcore.models.packed import check_format
 from llmcore.swap import attention, decoder, loss, modules, torch_modules
 from llmcore.swap.attention import outputs
 from llmcore.swap.instance import Change, become, is_swapped
+from llmcore.swap.linears import linear_layout
 from llmcore.swap.packing import Packing
 from llmcore.swap.report import Left, Report, Swap
 from llmcore.swap.structure import (
@@ -148,12 +149,12 @@ class _Work:
 
     def _swap_passes(self) -> None:
         """Passes over a cache by one native call, where the model is such a decoder."""
-        if decoder.has_passes(self.model):
+        if decoder.generates(self.model):
             attributes = {"_llmcore_passes": decoder.Passes()}
             change = become(self.model, decoder.CausalDecoder, **attributes)
             try:
                 undo, error = decoder.checked(self.model)
-            except (decoder.Unfit, RuntimeError, TypeError, ValueError) as reason:
+            except (decoder.Unfit, *decoder.OF_OTHERS) as reason:
                 change.undo()
                 self.report.left.append(Left("", "decoder pass", str(reason)))
             else:
@@ -190,7 +191,7 @@ class _Work:
                 else:
                     self._record(name, structure.name, *found)
                 return True
-        if self.packing is not None and modules.linear_layout(module) == "columns":
+        if self.packing is not None and linear_layout(module) == "columns":
             self._pack(name, module, ends)
             return True
         return False

@@ -41,6 +41,9 @@ HARMLESS = (
 )
 """Arguments that change no result, for a layer that has no such function to ask."""
 
+PAGED = ("cache", "read_index")
+"""Arguments by which a paged cache shows: itself, before transformers 5.24, and its places."""
+
 Function = Callable[..., Any]
 
 
@@ -71,8 +74,8 @@ def calls_for(module: torch.nn.Module, arguments: dict[str, Any]) -> Function | 
     for name, value in arguments.items():
         if value is None or value is False or name in RUN or name in HARMLESS[1:]:
             continue
-        if name == "cache":
-            raise ValueError('cache: a paged cache needs attn_implementation="sdpa"')
+        if name in PAGED:
+            raise ValueError(f'{name}: a paged cache needs attn_implementation="sdpa"')
         if name == "output_attentions" or name in taken:
             wanted = True
         elif not found and name not in USUAL:

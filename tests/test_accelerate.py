@@ -244,7 +244,7 @@ def test_accelerate_pickle_opens_in_another_process(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
     )
-    assert "llmcore.swap.modules.LayerNorm" in done.stdout
+    assert "llmcore.swap.norms.LayerNorm" in done.stdout
 
 
 def test_accelerate_state_dict_round_trip(model, ids):
@@ -442,7 +442,7 @@ def test_accelerate_refuses_bad_arguments(model):
 
 def test_accelerate_takes_back_what_fails(model, ids, monkeypatch):
     """A swap that gives something else on its small input is taken back, with the reason."""
-    from llmcore.swap.modules import RMSNorm
+    from llmcore.swap.norms import RMSNorm
 
     compute = RMSNorm._compute
     monkeypatch.setattr(RMSNorm, "_compute", lambda self, x: compute(self, x) * 1.001)

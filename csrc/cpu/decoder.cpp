@@ -4,6 +4,7 @@
 //
 // One new token is bound by reading the weights, hundreds by the products.
 #include "kernels.h"
+#include "rms_norm.h"
 #include "row.h"
 
 namespace llmcore::LLMCORE_LEVEL {
@@ -51,13 +52,14 @@ class Pass {
         activated_(of(tokens_ * up_width_)),
         lse_(tokens_ * w_.heads),
         queries_(of(a.last == nullptr ? 0 : a.B * attended_width_)),
-        angles_(is_rotary() && positions_differ() ? tokens_ * w_.head_width : 0),
+        angles_(is_rotary() && positions_differ() ? 2 * tokens_ * w_.head_width : 0),
+        factors_(w_.plus_one ? w_.width : 0),
         offsets_(2 * a.B),
         lengths_(2 * a.B) {}
 
   bool run() {
     for (const Scratch* s : {&stream_, &branch_, &x_, &qkv_, &qk_, &attended_, &hidden_, &activated_, &lse_, &queries_,
-                             &angles_, &offsets_, &lengths_}) {
+                             &angles_, &factors_, &offsets_, &lengths_}) {
       if (!s->ok()) return false;
     }
     if (!embed()) return false;
@@ -96,6 +98,8 @@ class Pass {
           dequantize_row(e, a_.ids[i], row.data());
           map_row(out, w_.width, SAME, row.data());
         }
+        const float scale = w_.embedding_scale;
+        if (scale != 1.0f) map_row(out, w_.width, [=](vec v) { return v * scale; }, out);
         if (is_rotary()) continue;
         const int64_t position = position_of(i / a_.T) + i % a_.T;
         const T* of_position = static_cast<const T*>(w_.position_embedding) + position * w_.width;
@@ -105,11 +109,12 @@ class Pass {
     return !no_memory.happened();
   }
 
-  // cos and then sin, (B, T, D / 2) each.
+  // cos and sin, and those of windows behind them, (B, T, D / 2) each.
   void gather_angles() {
     const int64_t half = w_.head_width / 2;
     float* to = angles_.data();
-    for (const float* table : {a_.cos, a_.sin}) {
+    for (const float* table : {a_.cos, a_.sin, a_.window_cos, a_.window_sin}) {
+      if (table == nullptr) continue;
       for (int64_t b = 0; b < a_.B; ++b, to += a_.T * half) {
         std::memcpy(to, table + position_of(b) * half, size_t(a_.T * half) * sizeof(float));
       }
@@ -132,21 +137,57 @@ class Pass {
     return linear_quantized_forward(p);
   }
 
+  // What an RMS norm multiplies by: its weight, or 1 + weight in float32.
+  struct Factors {
+    const void* data;
+    Dtype dtype;
+  };
+  Factors factors_of(const NormWeight& n) const {
+    if (!w_.plus_one) return {n.weight, w_.dtype};
+    map_row(factors_.data(), w_.width, [](vec v) { return v + 1.0f; }, static_cast<const T*>(n.weight));
+    return {factors_.data(), Dtype::float32};
+  }
+
   // x = norm(stream + branch), and the sum into the stream; the norm of the stream alone without branch.
   bool norm(const NormWeight& n, const void* branch) const {
-    if (n.bias == nullptr && branch == nullptr) {
-      return rms_norm_forward({stream_.data(), n.weight, x_.data(), tokens_, w_.width, w_.eps, w_.dtype, w_.dtype});
-    }
+    if (branch == nullptr) return norm_alone(n, stream_.data(), x_.data());
     if (n.bias == nullptr) {
+      const Factors f = factors_of(n);
       return add_rms_norm_forward(
-          {branch, stream_.data(), n.weight, x_.data(), stream_.data(), tokens_, w_.width, w_.eps, w_.dtype, w_.dtype});
-    }
-    if (branch == nullptr) {
-      return layer_norm_forward(
-          {stream_.data(), n.weight, n.bias, x_.data(), tokens_, w_.width, w_.eps, w_.dtype, w_.dtype, w_.dtype});
+          {branch, stream_.data(), f.data, x_.data(), stream_.data(), tokens_, w_.width, w_.eps, w_.dtype, f.dtype});
     }
     return add_layer_norm_forward({branch, stream_.data(), n.weight, n.bias, x_.data(), stream_.data(), tokens_,
                                    w_.width, w_.eps, w_.dtype, w_.dtype, w_.dtype});
+  }
+
+  // y = norm(x); nothing where there is no norm and both are one.
+  bool norm_alone(const NormWeight& n, const void* x, void* y) const {
+    if (n.weight == nullptr) return true;
+    if (n.bias == nullptr) {
+      const Factors f = factors_of(n);
+      return rms_norm_forward({x, f.data, y, tokens_, w_.width, w_.eps, w_.dtype, f.dtype});
+    }
+    return layer_norm_forward({x, n.weight, n.bias, y, tokens_, w_.width, w_.eps, w_.dtype, w_.dtype, w_.dtype});
+  }
+
+  // Some neighbouring heads of each token's projections, from `first` on, each normed over its D in place.
+  bool norm_heads(const NormWeight& n, int64_t first, int64_t heads) const {
+    if (n.weight == nullptr) return true;
+    const int64_t D = w_.head_width;
+    const Scratch factors(D);
+    if (!factors.ok()) return false;
+    const float one = w_.plus_one ? 1.0f : 0.0f;
+    map_row(factors.data(), D, [=](vec v) { return v + one; }, static_cast<const T*>(n.weight));
+    parallel_rows(tokens_, heads * D, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        T* row = values(qkv_) + i * qkv_width_ + first * D;
+        for_rows<GROUP>(0, heads, [&](int64_t h, auto count) {
+          T* at = row + h * D;
+          rms_norm_rows<count>(at, factors.data(), Output<T>(at, 0, true), D, w_.eps, static_cast<const T*>(nullptr));
+        });
+      }
+    });
+    return true;
   }
 
   static const T* row_of(const T* data, const int64_t (&strides)[3], int64_t b, int64_t h, int64_t t) {
@@ -163,12 +204,13 @@ class Pass {
   bool attend(int64_t layer, const void* branch) {
     const DecoderLayer& l = w_.layers[layer];
     if (!norm(l.attention_norm, branch) || !linear(l.qkv, x_.data(), qkv_.data())) return false;
+    if (!norm_heads(l.q_norm, 0, w_.heads) || !norm_heads(l.k_norm, w_.heads, w_.kv_heads)) return false;
     const int64_t D = w_.head_width;
     const Heads projected{values(qkv_), {a_.T * qkv_width_, D, qkv_width_}};
     Heads qk = projected;
     if (is_rotary()) {
       const int64_t heads = w_.heads + w_.kv_heads;
-      if (!turn(projected)) return false;
+      if (!turn(l, projected)) return false;
       qk = {values(qk_), {heads * a_.T * D, a_.T * D, D}};
     }
     if (!store(layer, qk, projected)) return false;
@@ -189,21 +231,27 @@ class Pass {
     p.kv_lengths = a_.kv_lengths;
     p.q_offsets = a_.starts, p.q_offset = a_.start;
     if (p.page_table != nullptr && a_.kv_lengths == nullptr) p.kv_lengths = same_lengths();
-    p.causal = true, p.window_left = w_.window > 0 ? w_.window - 1 : -1, p.window_right = -1;
-    p.scale = w_.scale;
+    p.causal = true, p.window_left = l.window > 0 ? l.window - 1 : -1, p.window_right = -1;
+    p.scale = w_.scale, p.softcap = w_.softcap;
     if (layer == w_.layer_count - 1 && a_.last != nullptr) go_on_with_last(p);
     f.out = attended_.data();
     f.out_strides[0] = p.T * attended_width_, f.out_strides[1] = D, f.out_strides[2] = attended_width_;
     f.lse = lse_.data();
-    return attention_forward(f) && linear(l.output, attended_.data(), branch_.data());
+    return attention_forward(f) && linear(l.output, attended_.data(), branch_.data()) &&
+           norm_alone(l.attention_after_norm, branch_.data(), branch_.data());
   }
 
-  bool turn(const Heads& projected) const {
+  bool turn(const DecoderLayer& l, const Heads& projected) const {
     const int64_t half = w_.head_width / 2;
     Rope r{};
     r.x = projected.data, r.y = qk_.data();
-    r.cos = !positions_differ() ? a_.cos + a_.start * half : angles_.data();
-    r.sin = !positions_differ() ? a_.sin + a_.start * half : angles_.data() + tokens_ * half;
+    if (positions_differ()) {
+      const float* angles = angles_.data() + (l.has_window_angles ? 2 * tokens_ * half : 0);
+      r.cos = angles, r.sin = angles + tokens_ * half;
+    } else {
+      r.cos = (l.has_window_angles ? a_.window_cos : a_.cos) + a_.start * half;
+      r.sin = (l.has_window_angles ? a_.window_sin : a_.sin) + a_.start * half;
+    }
     r.B = a_.B, r.H = w_.heads + w_.kv_heads, r.T = a_.T, r.D = w_.head_width, r.half = half;
     for (int i = 0; i < 3; ++i) r.x_strides[i] = projected.strides[i];
     r.angle_batch_stride = !positions_differ() ? 0 : a_.T * half;
@@ -296,22 +344,37 @@ class Pass {
 
   bool feed_forward(const DecoderLayer& l) const {
     if (!norm(l.feed_forward_norm, branch_.data()) || !linear(l.up, x_.data(), hidden_.data())) return false;
-    if (w_.gated) {
-      const int64_t F = up_width_ / 2;
-      const GatedForward gated{values(hidden_), values(hidden_) + F, activated_.data(), tokens_, F,
-                               up_width_,       up_width_,           w_.dtype,          false};
-      if (!swiglu_forward(gated)) return false;
-    } else if (!gelu_forward({hidden_.data(), activated_.data(), tokens_ * up_width_, w_.dtype, true})) {
-      return false;
+    return activate() && linear(l.down, activated_.data(), branch_.data()) &&
+           norm_alone(l.feed_forward_after_norm, branch_.data(), branch_.data());
+  }
+
+  bool activate() const {
+    const int64_t F = up_width_ / 2, count = tokens_ * up_width_;
+    const GatedForward gated{values(hidden_), values(hidden_) + F, activated_.data(), tokens_, F,
+                             up_width_,       up_width_,           w_.dtype,          true};
+    switch (w_.activation) {
+      case Activation::swiglu:
+        return swiglu_forward(gated);
+      case Activation::geglu:
+        return geglu_forward(gated);
+      case Activation::relu:
+        parallel_rows(tokens_, up_width_, [&](int64_t begin, int64_t end) {
+          const int64_t at = begin * up_width_, here = (end - begin) * up_width_;
+          map_row(values(activated_) + at, here, [](vec v) { return max(vec{}, v); }, values(hidden_) + at);
+        });
+        return true;
+      default:
+        return gelu_forward(
+            {hidden_.data(), activated_.data(), count, w_.dtype, w_.activation == Activation::gelu_tanh});
     }
-    return linear(l.down, activated_.data(), branch_.data());
   }
 
   const DecoderForward& a_;
   const DecoderWeights& w_;
   int64_t tokens_;  // rows of the stream
   int64_t qkv_width_, attended_width_, up_width_;
-  Scratch stream_, branch_, x_, qkv_, qk_, attended_, hidden_, activated_, lse_, queries_, angles_, offsets_, lengths_;
+  Scratch stream_, branch_, x_, qkv_, qk_, attended_, hidden_, activated_, lse_, queries_, angles_, factors_, offsets_,
+      lengths_;
 };
 
 }  // namespace

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from llmcore import ops
 from llmcore.models.config import TransformerConfig
+from llmcore.ops import contract
 from llmcore.ops.packed_weight import PackedWeight
 
 
@@ -66,7 +67,7 @@ class Norm(nn.Module):
 
     def forward(self, stream: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """norm(stream + branch) and the sum itself, both (B, T, C)."""
-        weight = self.weight + 1.0 if self.offset else self.weight
+        weight = contract.widen(self.weight) + 1.0 if self.offset else self.weight
         if self.bias is None:
             if branch is None:
                 return ops.rms_norm(stream, weight, self.eps), stream

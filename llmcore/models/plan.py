@@ -31,8 +31,14 @@ KNOWN = (Attention, Block, Embedding, FeedForward, Linear, Norm, nn.Embedding, n
 # What the native pass computes by, in every form it takes; other options only as by default.
 SIZES = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "feed_forward",
          "context_length", "norm_eps", "rope_theta", "bias", "qkv_bias", "tied_embeddings",
-         "window", "attention_scale", "norm")  # fmt: skip
-CHOICES = {"activation": ("swiglu", "gelu_tanh"), "positions": ("rope", "learned")}
+         "window", "full_every", "window_rope_theta", "attention_scale", "attention_softcap",
+         "logit_softcap", "embedding_scale", "head_bias", "norm", "norm_offset",
+         "qk_norm")  # fmt: skip
+CHOICES = {
+    "activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),
+    "positions": ("rope", "learned"),
+    "norm_placement": ("pre", "both"),
+}
 NOT_ITS_BUSINESS = ("eos_ids", "start_id", "token_types", "outputs")
 
 
@@ -50,25 +56,28 @@ class Plan:
         assert model.norm is not None
         self.dtype = model.dtype
         self.tensors: list[Tensor] = []
-        self._angles = (torch.empty(0, 0), torch.empty(0, 0))
+        self._angles: dict[float | None, tuple[Tensor, Tensor]] = {}
         self._buffers, self._addresses = Buffers(), _addresses(Buffers())
         position = model.position_embedding
         embedding = self._linear(model.embedding)
+        head = model.embedding if model.head is None else model.head
         self._native = native.module.DecoderPlan(
             level=_level(backend),
             embedding=embedding,
-            head=embedding if model.head is None else self._linear(model.head),
+            head=self._linear(head, model.head_bias),
             position_embedding=self._at(None if position is None else position.weight),
-            layers=[self._layer(block) for block in model.blocks],
+            layers=[self._layer(i, block) for i, block in enumerate(model.blocks)],
             norm=self._norm(model.norm),
             width=config.width,
             heads=config.heads,
             kv_heads=config.kv_heads,
             head_width=config.head_width,
-            window=config.window or 0,
             eps=config.norm_eps,
             scale=config.attention_scale or config.head_width**-0.5,
-            gated=config.activation == "swiglu",
+            softcap=config.attention_softcap or 0.0,
+            embedding_scale=config.embedding_scale,
+            plus_one=config.norm_offset,
+            activation=getattr(native.module.Activation, config.activation),
             dtype=_dtype(self.dtype),
         )
 
@@ -99,6 +108,7 @@ class Plan:
             last = torch.full((batch,), new - 1) if counts is None else (counts - 1).clamp(min=0)
         logits = torch.empty(batch, 1 if last_only else new, config.vocab_size, dtype=self.dtype)
         cos, sin = self._angles_to(len(cache) + new)
+        window_cos, window_sin = self._angles_to(len(cache) + new, config.window_rope_theta)
         starts = span.q_offset if isinstance(span.q_offset, Tensor) else None
         positions = None  # as the slots, unless a window has let tokens go
         if config.window is not None:
@@ -117,6 +127,8 @@ class Plan:
             last=_address(last),
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
+            window_cos=window_cos.data_ptr(),
+            window_sin=window_sin.data_ptr(),
             buffers=self._addresses_of(cache.buffers),
             kv_dtype=_kv_dtype(cache),
             cache_strides=cache.keys[0].stride()[:3],
@@ -126,7 +138,7 @@ class Plan:
             page_length=getattr(cache, "page_length", 0),
         )
         cache.commit(span)
-        return logits
+        return self.model.capped(logits)
 
     def _addresses_of(self, buffers: Buffers) -> list[list[int]]:
         """Where a cache's buffers lie: found once, for a cache that moves has other buffers."""
@@ -134,16 +146,18 @@ class Plan:
             self._buffers, self._addresses = buffers, _addresses(buffers)
         return self._addresses
 
-    def _angles_to(self, end: int) -> tuple[Tensor, Tensor]:
+    def _angles_to(self, end: int, theta: float | None = None) -> tuple[Tensor, Tensor]:
         """cos and sin of the positions below `end`, and of some more: computed once."""
-        if self.model.position_embedding is None and len(self._angles[0]) < end:
+        found = self._angles.get(theta, (torch.empty(0, 0), torch.empty(0, 0)))
+        if self.model.position_embedding is None and len(found[0]) < end:
             count = min(2 * end, max(end, self.model.config.context_length))
-            self._angles = rotations(self.model.config, torch.arange(count))
-        return self._angles
+            found = self._angles[theta] = rotations(self.model.config, torch.arange(count), theta)
+        return found
 
-    def _layer(self, block: nn.Module) -> Any:
+    def _layer(self, number: int, block: nn.Module) -> Any:
         assert native.module is not None and isinstance(block, Block)
         assert isinstance(block.feed_forward, FeedForward)
+        window, has_window_angles = self._window_of(number)
         return native.module.DecoderLayer(
             attention_norm=self._norm(block.attention_norm),
             qkv=self._linear(block.attention.qkv),
@@ -151,15 +165,29 @@ class Plan:
             feed_forward_norm=self._norm(block.feed_forward_norm),
             up=self._linear(block.feed_forward.up),
             down=self._linear(block.feed_forward.down),
+            q_norm=self._norm(block.attention.q_norm),
+            k_norm=self._norm(block.attention.k_norm),
+            attention_after_norm=self._norm(block.attention_after_norm),
+            feed_forward_after_norm=self._norm(block.feed_forward_after_norm),
+            window=window,
+            has_window_angles=has_window_angles,
         )
 
-    def _norm(self, norm: Norm) -> Any:
+    def _window_of(self, number: int) -> tuple[int, bool]:
+        """How many keys a query of this layer sees, 0: all; whether windows' angles turn them."""
+        window = self.model.config.window_of(number)
+        return window or 0, window is not None and self.model.config.window_rope_theta is not None
+
+    def _norm(self, norm: Norm | None) -> Any:
         assert native.module is not None
+        if norm is None:
+            return native.module.NormWeight(weight=0, bias=0)
         return native.module.NormWeight(weight=self._at(norm.weight), bias=self._at(norm.bias))
 
-    def _linear(self, module: Packable) -> Any:
+    def _linear(self, module: Packable, bias: Tensor | None = None) -> Any:
+        """With the bias of its own unless another one is given."""
         assert native.module is not None
-        weight, bias = module.weight, getattr(module, "bias", None)
+        weight, bias = module.weight, getattr(module, "bias", None) if bias is None else bias
         packed = weight if isinstance(weight, PackedWeight) else None
         values = module.parameter if packed is None else packed.values
         scales = None if packed is None else packed.scales
@@ -244,6 +272,8 @@ def refuses_config(config: TransformerConfig) -> tuple[str, ...]:
         known = name in (*SIZES, *NOT_ITS_BUSINESS, "dropout", "experts_per_token")
         if not known and value not in CHOICES.get(name, (field.default,)):
             reasons.append(f"{name} {value!r}: the native pass doesn't compute it")
+    if config.qk_norm and config.norm != "rms_norm":
+        reasons.append(f"qk_norm with {config.norm}: the native pass computes it by rms_norm")
     return tuple(reasons)
 
 

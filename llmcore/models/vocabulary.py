@@ -52,7 +52,7 @@ class Vocabulary(nn.Module):
         """(..., V) of hidden states (..., C)."""
         weight = self.embedding.weight if self.head is None else self.head.weight
         logits = ops.linear(self._scaled(hidden), weight, self.head_bias)
-        return self._capped(logits)
+        return self.capped(logits)
 
     def loss_of(
         self,
@@ -95,7 +95,8 @@ class Vocabulary(nn.Module):
         scale = self.config.logit_scale
         return hidden if scale == 1.0 else hidden * scale
 
-    def _capped(self, logits: Tensor) -> Tensor:
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits within config.logit_softcap, where there is one."""
         softcap = self.config.logit_softcap
         return logits if softcap is None else softcap * (logits / softcap).tanh()
 

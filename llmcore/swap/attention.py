@@ -11,9 +11,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -92,26 +92,55 @@ class RotaryAttention(Swapped):
 
     @classmethod
     def members(cls, original: type[nn.Module]) -> Mapping[str, Any]:
-        forward = original.forward
-        assert isinstance(forward, types.FunctionType)
+        *decorators, forward = undecorated(original.forward)
         # Without the module's name, by which compilers would look the functions up there.
         names = {k: v for k, v in forward.__globals__.items() if k != "__name__"}
         for name in rotary_functions(forward):
             names[name] = rotary(names[name])
-        own = types.FunctionType(
-            forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
-        )
-        own.__kwdefaults__ = forward.__kwdefaults__
-        own.__annotations__, own.__doc__ = forward.__annotations__, forward.__doc__
+        own = copied(forward, names, forward.__closure__)
+        for decorator in reversed(decorators):
+            cells = decorator.__closure__ or ()
+            inner = decorator.__wrapped__  # type: ignore[attr-defined]
+            closure = tuple(CellType(own) if holds(cell, inner) else cell for cell in cells)
+            inner, own = own, copied(decorator, decorator.__globals__, closure)
+            own.__wrapped__ = inner  # type: ignore[attr-defined]
         return {"forward": own}
 
 
-def rotary_functions(forward: Any) -> list[str]:
+def copied(
+    function: FunctionType, names: dict[str, Any], closure: tuple[CellType, ...] | None
+) -> FunctionType:
+    """The same code over other globals and another closure."""
+    own = FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
+    own.__kwdefaults__ = function.__kwdefaults__
+    own.__annotations__, own.__doc__ = function.__annotations__, function.__doc__
+    return own
+
+
+def undecorated(forward: Any) -> list[FunctionType]:
+    """A function and those that its decorators wrap, each held by the closure of the one before.
+
+    Empty where one of them is no plain function, or what it calls can't be told.
+    """
+    found = [forward]
+    while (inner := getattr(found[-1], "__wrapped__", None)) is not None:
+        if not any(holds(cell, inner) for cell in getattr(found[-1], "__closure__", None) or ()):
+            return []
+        found.append(inner)
+    return found if all(isinstance(function, FunctionType) for function in found) else []
+
+
+def holds(cell: CellType, value: Any) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # an empty one
+        return False
+
+
+def rotary_functions(forward: FunctionType) -> list[str]:
     """The global functions that a forward calls to rotate queries and keys."""
-    if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
-        return []
     called = {name: forward.__globals__.get(name) for name in forward.__code__.co_names}
-    kinds = (types.FunctionType, nn.Module)  # a function that is to be replaced may be either
+    kinds = (FunctionType, nn.Module)  # a function that is to be replaced may be either
     return [name for name, value in called.items() if isinstance(value, kinds) and rotates(value)]
 
 
@@ -158,7 +187,8 @@ def _wants_angles(cos: Tensor, sin: Tensor) -> bool:
 
 
 def rotary_attention(module: nn.Module) -> Mapping[str, Any] | None:
-    return {} if rotary_functions(type(module).forward) else None
+    functions = undecorated(type(module).forward)
+    return {} if functions and rotary_functions(functions[-1]) else None
 
 
 ROPE = Structure("rope", RotaryAttention, rotary_attention, None)

@@ -14,7 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from llmcore.ops import contract
 
 
 class Swapped:
@@ -93,3 +96,34 @@ def become(module: nn.Module, swap: type[Swapped], **attributes: Any) -> Change:
 
 def is_swapped(module: nn.Module) -> bool:
     return isinstance(module, Swapped)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something wants to see or change this module's calls."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+class OneTensor(Swapped):
+    """A swap of a module whose forward takes one tensor."""
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        if named or len(inputs) != 1 or not self._takes(inputs[0]):
+            return super().forward(*inputs, **named)  # type: ignore[misc]
+        return self._compute(inputs[0])
+
+    def _takes(self, x: Any) -> bool:
+        """Whether the kernels have this call: parameters may have been cast since."""
+        weight = self._parameters.get("weight")  # type: ignore[attr-defined]
+        return (
+            isinstance(x, Tensor)
+            and x.dtype in contract.FLOATS
+            and (weight is None or weight.dtype in (x.dtype, torch.float32))
+        )
+
+    def _compute(self, x: Tensor) -> Tensor:
+        raise NotImplementedError

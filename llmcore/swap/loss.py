@@ -1,8 +1,11 @@
-"""A head and its cross entropy in one, in training: the logits are never whole.
+"""A head and its cross entropy in one, in training: many logits are never whole.
 
 transformers' models for text end in `head(hidden)` and `loss_function(logits, labels)`. Where that
 function is the plain cross entropy, of each next token or of each token, the two are one op. The
 output still has `logits`: they are computed when somebody asks for them.
+
+The op multiplies with the head's matrix once more than with kept logits, on the way back. Few
+logits are not worth that: they are kept.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ from torch import Tensor, nn
 
 from llmcore import ops
 from llmcore.swap.attention import small_inputs
-from llmcore.swap.instance import Swapped
-from llmcore.swap.modules import Linear, has_hooks
+from llmcore.swap.decoder_cache import CACHE_NAMES
+from llmcore.swap.instance import Swapped, has_hooks
+from llmcore.swap.linears import Linear
 from llmcore.swap.structure import Refusal, difference, draw, largest
 
 OF_LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
@@ -28,6 +32,9 @@ OF_LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 PLAIN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 """Arguments that the backbone takes and the loss doesn't; others may mean another loss."""
+
+FEW_LOGITS = 1 << 24
+"""So many are kept: 64 MiB, beside which a step has as much in other activations."""
 
 MODEL_ROUNDINGS = 5.0
 
@@ -66,7 +73,7 @@ def takes(model: Any, named: Mapping[str, Any]) -> bool:
     head = model.get_output_embeddings()
     function, _ = model._llmcore_loss
     parameter = next(model.base_model.parameters())
-    known = ("labels", "past_key_values", "use_cache", *PLAIN, *OF_LOSS)
+    known = ("labels", "use_cache", *CACHE_NAMES, *PLAIN, *OF_LOSS)
     asked = [n for n, v in named.items() if n not in known and v is not None and v is not False]
     asked += [n for n, v in vars(model.config).items() if n.startswith("output_") and v]
     if set(asked) - {"logits_to_keep", "return_dict"}:
@@ -95,32 +102,35 @@ def fused(model: Any, named: Mapping[str, Any]) -> Any:
     options = {name: named.pop(name, None) for name in OF_LOSS}
     found = model.base_model(**named)
     hidden, head = found[0], model.get_output_embeddings()
-    loss = loss_of(hidden, head, labels, model._llmcore_loss[1], options)
+    few = hidden.numel() // hidden.shape[-1] * head.weight.shape[0] <= FEW_LOGITS
+    logits = head(hidden) if few else None
+
+    def loss_of_labels(labels: Tensor, **options: Any) -> Tensor:
+        if logits is not None:
+            return ops.cross_entropy(logits.flatten(0, -2), labels, **options)
+        rows, bias = hidden.flatten(0, -2), head._parameters.get("bias")
+        return ops.linear_cross_entropy(rows, head.weight, labels, bias, **options)
+
+    loss = loss_of(loss_of_labels, labels.to(hidden.device), model._llmcore_loss[1], options)
     kind = lazy(model._llmcore_loss_output)
     fields = {f.name for f in dataclasses.fields(kind)} - {"loss", "logits"}
     output = kind(loss=loss, **{name: found[name] for name in fields if name in found})
-    output._llmcore_logits = lambda: head(hidden)
+    output._llmcore_logits = lambda: head(hidden) if logits is None else logits
     return output
 
 
 def loss_of(
-    hidden: Tensor, head: Any, labels: Tensor, shifts: bool, options: Mapping[str, Any]
+    function: Callable[..., Tensor], labels: Tensor, shifts: bool, options: Mapping[str, Any]
 ) -> Tensor:
-    """Of hidden (B, T, C) and labels (B, T): the mean, or the sum over a given number of items."""
+    """A cross entropy of labels (B, T): the mean, or the sum over a given number of items."""
     ignored = -100 if options["ignore_index"] is None else options["ignore_index"]
     if shifts and options["shift_labels"] is not None:
-        labels = options["shift_labels"]
+        labels = options["shift_labels"].to(labels.device)
     elif shifts:
         labels = F.pad(labels, (0, 1), value=ignored)[..., 1:]
     items = options["num_items_in_batch"]
-    loss: Tensor = ops.linear_cross_entropy(
-        hidden.flatten(0, -2),
-        head.weight,
-        labels.reshape(-1).to(hidden.device),
-        head._parameters.get("bias"),
-        ignore_index=ignored,
-        reduction="mean" if items is None else "sum",
-    )
+    reduction = "mean" if items is None else "sum"
+    loss = function(labels.reshape(-1), ignore_index=ignored, reduction=reduction)
     if items is None:
         return loss
     return loss / (items.to(loss.device) if isinstance(items, Tensor) else items)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmcore.models.packed import packed_matrix
 from llmcore.ops.packed_weight import PackedWeight
 from llmcore.swap.instance import Change, become
-from llmcore.swap.modules import Linear, PackedColumns, linear_layout
+from llmcore.swap.linears import Linear, PackedColumns, linear_layout
 from llmcore.swap.structure import Refusal
 
 

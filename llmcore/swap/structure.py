@@ -23,6 +23,12 @@ TOLERANCE = {
 
 SEED = 0
 
+SCALES = (1.0, 1e-3, 30.0)
+"""Inputs of these sizes show a norm's epsilon, and an activation's ends."""
+
+Found = Mapping[str, Any] | None
+"""The attributes that a swap needs for a module; None: it is something else."""
+
 
 @dataclass(frozen=True)
 class Structure:

@@ -6,7 +6,6 @@ these swaps have no way for (weights asked for, nested tensors, keys that are ad
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,11 +14,9 @@ from torch import Tensor, nn
 
 from llmcore import ops
 from llmcore.ops import contract
-from llmcore.swap.instance import Swapped
-from llmcore.swap.modules import LayerNorm, has_hooks
-from llmcore.swap.structure import Structure, draw
-
-Found = Mapping[str, Any] | None
+from llmcore.swap.instance import Swapped, has_hooks
+from llmcore.swap.norms import LayerNorm
+from llmcore.swap.structure import Found, Structure, draw
 
 
 class MultiheadAttention(Swapped):

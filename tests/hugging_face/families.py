@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from typing import Any
 
 import pytest
@@ -12,6 +13,13 @@ import torch
 import llmcore
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+)
+"""What this version's models call their cache."""
 
 DECODER = {
     "vocab_size": 96,

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import TEXT, build, inputs, padding, transformers, valid
+from families import CACHE, TEXT, build, inputs, padding, transformers, valid
 
 import llmcore
+from llmcore.swap import loss
 from llmcore.swap.instance import is_swapped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,6 +147,51 @@ def test_native_passes_are_the_modules(weights):
         assert passes(other) == 0
 
 
+NATIVE = ("qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2")
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_native_passes_of_other_structures(family):
+    """Padded, past the end of every window, and from a cache that the modules have filled."""
+    model = stock(family)
+    ids, mask = inputs(family, "left")["input_ids"], padding("left")
+    strides = [p.stride() for p in model.parameters()]
+    expected = generate(model, ids, mask, max_new_tokens=12)
+    caches = [transformers.DynamicCache(config=model.config) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model(input_ids=ids[:, :7], **{CACHE: cache})
+        want = model(input_ids=ids[:, 7:], **{CACHE: caches[0]}).logits
+        report = llmcore.accelerate(model)
+        assert [p.stride() for p in model.parameters()] == strides
+        before = passes(model)
+        assert torch.equal(generate(model, ids, mask, max_new_tokens=12), expected)
+        got = model(input_ids=ids[:, 7:], **{CACHE: caches[1]}).logits
+    assert passes(model) == before + 12 + 1
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
+        assert ours.get_seq_length() == theirs.get_seq_length() == ids.shape[1]
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-4, rtol=1e-4)
+    report.undo()
+    assert [p.stride() for p in model.parameters()] == strides
+
+
+def test_native_passes_without_a_cache_and_with_dropout():
+    model = stock("gpt2")
+    model.config.attn_pdrop = 0.5
+    arguments = inputs("gpt2", "right")
+    with torch.no_grad():
+        expected = model(input_ids=arguments["input_ids"], use_cache=False)
+        llmcore.accelerate(model)
+        before = passes(model)
+        got = model(input_ids=arguments["input_ids"], use_cache=False)
+        assert passes(model) == before + 1
+        torch.testing.assert_close(got.logits, expected.logits, atol=1e-4, rtol=1e-4)
+        assert got.keys() == expected.keys()
+        model.train()(input_ids=arguments["input_ids"])
+    assert passes(model) == before + 1
+
+
 def test_native_passes_see_what_happens_to_a_cache():
     model = stock("llama")
     ids = inputs("llama")["input_ids"]
@@ -153,14 +199,14 @@ def test_native_passes_see_what_happens_to_a_cache():
     def run(model):
         cache = transformers.DynamicCache(config=model.config)
         with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache)
+            model(input_ids=ids, **{CACHE: cache})
             snapshot = copy.deepcopy(cache)
-            first = model(input_ids=ids[:, :2], past_key_values=cache).logits
+            first = model(input_ids=ids[:, :2], **{CACHE: cache}).logits
             cache.crop(-4)
-            cropped = model(input_ids=ids[:, 3:5], past_key_values=cache).logits
+            cropped = model(input_ids=ids[:, 3:5], **{CACHE: cache}).logits
             cache.reorder_cache(torch.tensor([2, 0, 0]))
-            reordered = model(input_ids=ids[:, 5:6], past_key_values=cache).logits
-            again = model(input_ids=ids[:, :2], past_key_values=snapshot).logits
+            reordered = model(input_ids=ids[:, 5:6], **{CACHE: cache}).logits
+            again = model(input_ids=ids[:, :2], **{CACHE: snapshot}).logits
         assert cache.get_seq_length() == 11 + 2 - 4 + 2 + 1
         assert torch.equal(first, again)
         return first, cropped, reordered, cache.layers[1].keys
@@ -193,13 +239,30 @@ def test_native_passes_step_aside():
     with torch.no_grad():
         model.model.norm.weight.mul_(2.0)  # in place: the pass sees it
     model(
-        input_ids=ids, past_key_values=transformers.DynamicCache(config=model.config)
+        input_ids=ids, **{CACHE: transformers.DynamicCache(config=model.config)}
     ).logits.sum().backward()
     assert passes(model) == count + 8
     assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
     model.bfloat16()
     generate(model, ids)
     assert passes(model) == count + 8
+
+
+def test_a_model_without_native_passes_says_why():
+    reports = {family: llmcore.accelerate(stock(family)) for family in ("gpt_neox", "bert", "t5")}
+    reasons = {
+        family: [left.reason for left in report.left if left.kind == "decoder pass"]
+        for family, report in reports.items()
+    }
+    assert len(reasons["gpt_neox"]) == 1 and not reasons["bert"] and not reasons["t5"]
+
+    class Renamed(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, memory=None, **rest):
+            return super().forward(input_ids, attention_mask, **rest, **{CACHE: memory})
+
+    model = Renamed(stock("llama").config).eval()
+    (left,) = (x for x in llmcore.accelerate(model).left if x.kind == "decoder pass")
+    assert left.reason == "its forward has no input_ids with a cache or past_key_values"
 
 
 def test_static_cache_and_sampling_are_the_same():
@@ -236,8 +299,10 @@ def loss_and_gradients(model, arguments):
     return output, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("few", [0, 1 << 24], ids=["many_logits", "few_logits"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi", "bert", "gpt_oss", "qwen3"])
-def test_training_step_is_the_same(family):
+def test_training_step_is_the_same(family, few, monkeypatch):
+    monkeypatch.setattr(loss, "FEW_LOGITS", few)
     model = stock(family).train()
     arguments = inputs(family)
     expected, wanted = loss_and_gradients(model, arguments)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import (
     AUDIO,
+    CACHE,
     DECODERS,
     EVERY,
     SEQ2SEQ,
@@ -116,7 +117,7 @@ def test_cached_steps_are_the_whole_pass(family, cache, kind, request):
         step = {"input_ids": arguments["input_ids"][:, begin:end], "attention_mask": mask[:, :end]}
         if takes_positions:
             step["position_ids"] = positions[:, begin:end]
-        pieces.append(run(model, step, past_key_values=kept))
+        pieces.append(run(model, step, **{CACHE: kept}))
         begin = end
     got = torch.cat(pieces, 1)
     assert (got - expected)[mask.bool()].abs().max() <= 1e-4

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import build, inputs, padding, prepared, transformers, valid, word_tokenizer
+from families import CACHE, build, inputs, padding, prepared, transformers, valid, word_tokenizer
 
 HOWS = ("attention", "accelerate")
 
@@ -265,12 +265,12 @@ def test_compiled_steps_over_a_static_cache(how):
     for step in (model, compiled):
         cache = transformers.StaticCache(config=model.config, max_cache_len=16)
         with torch.no_grad():
-            model(input_ids=ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
+            model(input_ids=ids[:, :6], attention_mask=mask[:, :6], **{CACHE: cache})
             for end in (7, 8, 9):
                 prepared_inputs = model.prepare_inputs_for_generation(
                     ids[:, :end],
-                    past_key_values=cache,
                     attention_mask=mask[:, :end],
+                    **{CACHE: cache},
                     next_sequence_length=1,
                 )
                 prepared_inputs.pop("use_cache", None)

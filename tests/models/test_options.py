@@ -144,8 +144,10 @@ def test_option_is_known_or_refused_by_the_native_pass(decoder):
 def test_native_pass_knows_what_it_did_before(tiny_decoder):
     taken = {name for name, o in OPTIONS.items() if not refuses_config(tiny_decoder(**o).config)}
     assert taken == {
-        "positions_rope", "positions_learned", "activation_gelu_tanh", "multi_head", "multi_query",
-        "bias", "qkv_bias", "window", "scale",
+        "positions_rope", "positions_learned", "placement_both", "layer_norm", "activation_geglu",
+        "activation_gelu", "activation_gelu_tanh", "activation_relu", "multi_head", "multi_query",
+        "bias", "qkv_bias", "qk_norm", "norm_offset", "window", "alternating", "scale", "softcaps",
+        "head", "gemma2",
     }  # fmt: skip
 
 

@@ -1,0 +1,117 @@
+"""Linears: a weight of two axes and a bias, one argument, and the product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmcore import ops
+from llmcore.ops import contract
+from llmcore.ops.packed_weight import PackedWeight, pack
+from llmcore.swap.instance import OneTensor, Swapped
+from llmcore.swap.structure import Found, agrees, draw, own_tensors, takes_one_tensor
+
+
+class Linear(Swapped):
+    """x Wᵀ + b, where the kernels are the faster: at inference, and with a packed weight."""
+
+    _llmcore_packed: PackedWeight | None
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        if named or len(inputs) != 1:
+            return super().forward(*inputs, **named)  # type: ignore[misc]
+        (x,) = inputs
+        parameters = self._parameters  # type: ignore[attr-defined]
+        weight, bias = parameters["weight"], parameters.get("bias")
+        if self._llmcore_packed is not None:
+            return ops.linear(x, self._llmcore_packed, bias)
+        # torch's product is as fast on many rows, and its gradient is a little faster than ours.
+        if contract.wants_gradient(x, weight, bias) or x.dtype != weight.dtype:
+            return super().forward(x)  # type: ignore[misc]
+        return ops.linear(x, weight, bias)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)  # type: ignore[misc]
+        pack_anew(self)
+
+
+class PackedColumns(OneTensor):
+    """x W + b with W packed; left alone otherwise."""
+
+    _llmcore_packed: PackedWeight
+
+    def _takes(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and x.dtype in contract.FLOATS
+
+    def _compute(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self._llmcore_packed, self._parameters.get("bias"))  # type: ignore[attr-defined]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)  # type: ignore[misc]
+        pack_anew(self)
+
+
+def pack_anew(module: Any) -> None:
+    """Pack a packed linear's weight again, as it was packed: it has other values now."""
+    packed = module._llmcore_packed
+    if packed is not None:
+        weight = module._parameters["weight"].detach()
+        rows = weight.T if isinstance(module, PackedColumns) else weight
+        options = {"asymmetric": True} if packed.minimums is not None else {}
+        groups = (packed.group,) if packed.group else ()
+        module.__dict__["_llmcore_packed"] = pack(rows, packed.format, *groups, **options)
+
+
+def linear(module: nn.Module) -> Found:
+    return {"_llmcore_packed": None} if linear_layout(module) == "rows" else None
+
+
+def linear_layout(module: nn.Module) -> str | None:
+    """ "rows" for a weight (N, K), "columns" for (K, N); None for what is no linear."""
+    tensors = own_tensors(module)
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    if [*module.children()] or set(tensors) - {"weight", "bias"} or not takes_one_tensor(module):
+        return None
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        return None
+    for layout, matrix in (("rows", weight), ("columns", weight.T)):
+        if bias is not None and bias.shape != matrix.shape[:1]:
+            continue
+        x = draw(2, 3, matrix.shape[1], like=weight)
+        try:
+            if agrees(module(x), F.linear(x, matrix, bias)):
+                return layout
+        except (RuntimeError, IndexError, TypeError, AttributeError):
+            continue
+    return None
+
+
+def linear_inputs(module: nn.Module) -> tuple[Tensor, ...]:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return (draw(2, 3, weight.shape[0 if linear_layout(module) == "columns" else 1], like=weight),)
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, Linear | PackedColumns) or linear_layout(module) is not None
+
+
+def holds_columns(module: nn.Module) -> bool:
+    """Whether a linear's weight is (K, N)."""
+    if isinstance(module, Linear):
+        return False
+    return isinstance(module, PackedColumns) or linear_layout(module) == "columns"
+
+
+def columns(module: nn.Module) -> int:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0 if holds_columns(module) else 1]
+
+
+def outputs(module: nn.Module) -> int:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[1 if holds_columns(module) else 0]
