@@ -393,7 +393,8 @@ struct RooflineCopy {
   bool past_caches;
 };
 
-// y = x weight^T + bias. x (M, K), y (M, N), weight (N, K), contiguous; bias (N) or null.
+// y = x weight^T + bias. x (M, K), y (M, N), weight (N, K), contiguous; bias (N) or null. Beside a weight in bfloat16 x
+// is rounded to bfloat16 first, if it is not that.
 struct LinearForward {
   const void* x;
   const void* weight;

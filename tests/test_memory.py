@@ -16,6 +16,7 @@ from llmcore.generation.batch import Task, steps
 from llmcore.generation.sampling import Sampling, samplers_of
 from llmcore.generation.stopping import Stopping
 from llmcore.models import Decoder, TransformerConfig
+from llmcore.models.packed import pack_weights
 from llmcore.ops.sample import Draw, Sample
 
 pytestmark = pytest.mark.skipif(
@@ -95,7 +96,9 @@ def test_memory_of_whole_logits_is_seen(make: Make) -> None:
 VOCABULARY = 2000
 
 
-def grown_by_generating(tokens: int, keep: Callable[[torch.Tensor], Any]) -> int:
+def grown_by_generating(
+    tokens: int, keep: Callable[[torch.Tensor], Any], weights: str | None = None
+) -> int:
     """The most bytes that the process holds beyond those at token 200."""
     config = TransformerConfig(
         vocab_size=VOCABULARY,
@@ -108,6 +111,8 @@ def grown_by_generating(tokens: int, keep: Callable[[torch.Tensor], Any]) -> int
         context_length=tokens + 1,
     )
     model = Decoder(config).eval()
+    if weights is not None:
+        pack_weights(model, weights)
     task = Task(model, [[1]], tokens, Sampling(1.0), Stopping(()), samplers_of([[1]], 0))
     kept, before = [], 0
     for step in steps(task):
@@ -120,10 +125,11 @@ def grown_by_generating(tokens: int, keep: Callable[[torch.Tensor], Any]) -> int
     return memory.status("VmHWM") - before
 
 
-def test_memory_of_generation_is_flat() -> None:
+@pytest.mark.parametrize("weights", [None, "bf16"])
+def test_memory_of_generation_is_flat(weights: str | None) -> None:
     """The cache has 256 KB at the end; the dispatcher remembers its choice for each length."""
     torch.set_num_threads(1)
-    assert grown_by_generating(2000, lambda logits: None) <= 4 * NOISE
+    assert grown_by_generating(2000, lambda logits: None, weights) <= 4 * NOISE
 
 
 def test_memory_of_logits_that_are_kept_is_seen() -> None:

@@ -27,7 +27,7 @@ from llmcore import dispatch
 from llmcore.dispatch import REGISTRY, Candidate, Op
 from llmcore.ops import contract
 from llmcore.ops.attention_definition import Extra, Options
-from llmcore.ops.linear import rounded_to_int8
+from llmcore.ops.linear import as_multiplied
 from llmcore.ops.packed_weight import PackedWeight
 from llmcore.ops.sample import Draw, Sample
 from llmcore.verify import (
@@ -146,10 +146,8 @@ def honest_softmax(x: Any, dim: int) -> Any:
 
 def honest_linear(x: Any, weight: Any, bias: Any) -> Any:
     """Blocks along K, added up in float32."""
-    wide, full = x.float(), weight
-    if isinstance(weight, PackedWeight):
-        full = weight.dequantize()
-        wide = rounded_to_int8(wide, weight.group) if weight.group else wide
+    wide = as_multiplied(x.float(), weight)
+    full = weight.dequantize() if isinstance(weight, PackedWeight) else weight
     total = torch.zeros(*x.shape[:-1], full.shape[0])
     for part, columns in zip(wide.split(24, -1), full.float().split(24, -1), strict=True):
         total = total + part @ columns.T

@@ -59,8 +59,12 @@ void pack_along(const Matrix<T>& from, int64_t rows, int64_t values, const Chain
   for (int64_t k = 0; k < values; k += BLOCK, to += chains.step_of_lanes()) {
     vec block[LANES];
     if (rows == LANES && values - k >= BLOCK) {
+      // The rows to come are fetched, which no hardware foresees: each load here is of another row.
 #pragma GCC unroll 16
-      for (int r = 0; r < LANES; ++r) block[r] = load_lanes<Products>(from.at(r, k));
+      for (int r = 0; r < LANES; ++r) {
+        block[r] = load_lanes<Products>(from.at(r, k));
+        __builtin_prefetch(from.at(r + LANES, k), 0, 2);
+      }
     } else {
       for (int r = 0; r < LANES; ++r) {
         block[r] = r < rows ? load_lanes_partial<Products>(from.at(r, k), values - k) : vec{};

@@ -4,15 +4,33 @@
 namespace llmcore::LLMCORE_LEVEL {
 namespace {
 
-template <class T, class W>
-bool forward(const LinearForward& a) {
+// y of x (M, K), which is a.x or stands for it.
+template <class Y, class X, class W>
+bool forward(const LinearForward& a, const X* x) {
   const Bias bias(a.bias, a.bias_dtype, a.N);
   if (!bias.ok()) return false;
-  const Matrix<T> x{static_cast<const T*>(a.x), a.K, 1};
+  const Matrix<X> rows{x, a.K, 1};
   const Matrix<W> weight{static_cast<const W*>(a.weight), a.K, 1};
-  return gemm<ProductsOf<T, W>>(a.M, a.N, a.K, x, weight, [&](int64_t m, int64_t n, int64_t count, const float* sums) {
-    bias.add_to(sums, n, count, static_cast<T*>(a.y) + m * a.N + n);
-  });
+  return gemm<ProductsOf<X, W>>(a.M, a.N, a.K, rows, weight,
+                                [&](int64_t m, int64_t n, int64_t count, const float* sums) {
+                                  bias.add_to(sums, n, count, static_cast<Y*>(a.y) + m * a.N + n);
+                                });
+}
+
+template <class T, class W>
+bool forward(const LinearForward& a) {
+  const T* x = static_cast<const T*>(a.x);
+  if constexpr (std::is_same_v<W, bfloat16> && !std::is_same_v<T, bfloat16>) {
+    const Scratch memory((a.M * a.K + 1) / 2);
+    if (!memory.ok()) return false;
+    bfloat16* rounded = reinterpret_cast<bfloat16*>(memory.data());
+    parallel_rows(a.M, a.K, [&](int64_t begin, int64_t end) {
+      map_row(rounded + begin * a.K, (end - begin) * a.K, [](vec v) { return v; }, x + begin * a.K);
+    });
+    return forward<T, bfloat16, W>(a, rounded);
+  } else {
+    return forward<T, T, W>(a, x);
+  }
 }
 
 // C (M, N) = A B^T, rounded to T.

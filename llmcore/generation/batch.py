@@ -185,7 +185,7 @@ class _Run:
         # A prompt is read by itself and then put into its place, or is there if it's the only one.
         own = self.cache if batch == 1 else task.setup.cache(task.model, 1, slots)
         self.reader = Reader(task.model, own, task.setup.prefixes)
-        self.device = next(task.model.parameters()).device
+        self.device = task.model.device
 
     def begin(self) -> Step:
         """Read the next prompts into free places, and choose their first tokens."""

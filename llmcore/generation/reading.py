@@ -79,7 +79,7 @@ def run(
 
     last_only  those of each row's last token, (B, 1, V); else, behind a row's end they mean nothing
     """
-    device = next(model.parameters()).device
+    device = model.device
     counts = [len(row) for row in rows]
     longest, mask = max(counts), None
     if min(counts) < longest:

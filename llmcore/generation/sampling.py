@@ -69,14 +69,14 @@ class Sampling:
         rows = logits.detach().float().cpu().numpy()
         if self.repetition_penalty != 1.0:
             rows = np.stack([self._penalised(*pair) for pair in zip(rows, samplers, strict=True)])
-        best = rows.argmax(axis=-1)  # the first of equals; NaN counts as the highest
-        _check_best(np.take_along_axis(rows, best[:, None], axis=-1)[:, 0])
-        tokens = best.tolist()
+        tokens = rows.argmax(axis=-1).tolist()  # the first of equals; NaN counts as the highest
+        best = [float(row[token]) for row, token in zip(rows, tokens, strict=True)]
+        _check_best(best)
         if self.temperature > 0.0:
             # Numbers too large for float32 end as inf, which is what they are here.
             with np.errstate(over="ignore"):
                 for b, (row, sampler) in enumerate(zip(rows, samplers, strict=True)):
-                    tokens[b] = self._drawn(row, float(row[best[b]]), sampler.draw())
+                    tokens[b] = self._drawn(row, best[b], sampler.draw())
         if self.repetition_penalty != 1.0:
             for sampler, token in zip(samplers, tokens, strict=True):
                 sampler.record(token)
@@ -226,9 +226,9 @@ def _kth_highest(row: np.ndarray, k: int) -> float:
     return np.partition(row, -k)[-k]
 
 
-def _check_best(best: np.ndarray) -> None:
+def _check_best(best: Sequence[float]) -> None:
     """ValueError unless the highest logit of each row is finite (so the rest is too, or -inf)."""
-    for row, value in enumerate(best.tolist()):
+    for row, value in enumerate(best):
         if not math.isfinite(value):
             raise ValueError(
                 f"logits: the highest of sequence {row} is {value}; a finite number is needed to "

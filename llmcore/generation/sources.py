@@ -54,7 +54,7 @@ class Sources:
         """The sources of these sequences, in one pass."""
         texts = [self.texts[row] for row in rows]
         longest = max(map(len, texts))
-        device = next(self.model.parameters()).device
+        device = self.model.decoder.device
         ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=device)
         mask = None
         if min(map(len, texts)) < longest:

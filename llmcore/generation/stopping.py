@@ -79,18 +79,16 @@ class Stopping:
         self.texts: list[AnswerText] | None = None
         if tokenizer is not None:
             self.texts = [AnswerText(tokenizer, stops) for _ in range(batch)]
-        self._ends = torch.tensor(self.ends, dtype=torch.int64)
 
     def ended(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """(K,) bool: for each of these sequences (K,) whether its new token (K,) is its last."""
-        ended = torch.isin(tokens, self._ends.to(tokens.device))
-        if self.texts is None:
-            return ended
-        for place, (row, token) in enumerate(zip(rows.tolist(), tokens.tolist(), strict=True)):
-            if token not in self.ends:  # which are no part of the text
-                self.texts[row].push(token)
-                ended[place] = self.texts[row].stopped
-        return ended
+        ended = [token in self.ends for token in tokens.tolist()]
+        if self.texts is not None:
+            for place, (row, token) in enumerate(zip(rows.tolist(), tokens.tolist(), strict=True)):
+                if not ended[place]:  # an end token is no part of the text
+                    self.texts[row].push(token)
+                    ended[place] = self.texts[row].stopped
+        return torch.tensor(ended, device=tokens.device)
 
 
 def read_stop(

@@ -45,15 +45,12 @@ class KVCache(Cache):
         self._check(like)
         new = like.shape[1]
         self._make_room(new, like)
-        steps = torch.arange(new, device=like.device)
         used, forgotten = (_same_or_tensor(n, like) for n in (self._used, self._forgotten))
-        first = used + forgotten
-        positions = steps + (first if isinstance(first, int) else first[:, None])
         end = max(self._used) + new
-        if counts is not None:
-            return Span(positions, used + counts, used, end)
         lengths = None if isinstance(used, int) else used + new
-        return Span(positions, lengths, used, end)
+        if counts is not None:
+            lengths = used + counts
+        return Span(used + forgotten, new, lengths, used, end, like.device)
 
     def store(self, layer: int, k: Tensor, v: Tensor, span: Span) -> None:
         for new, (buffer, scales) in zip((k, v), self.buffers.layer(layer), strict=True):

@@ -28,16 +28,26 @@ KEY_CHUNK = 512
 class Span:
     """Where the T new tokens of one forward pass go.
 
-    positions   (T,) or, when the sequences have different lengths, (B, T); int64
+    first       int or, when the sequences have different lengths, (B,) int64: the position of the
+                first new token
+    new         T
     kv_lengths  (B,) int64: slots of each sequence with the new tokens; None when all are `end`
     q_offset    int or (B,): the slot of the first new token
     end         slots in use after the pass, over all sequences
     """
 
-    positions: Tensor
+    first: int | Tensor
+    new: int
     kv_lengths: Tensor | None
     q_offset: int | Tensor
     end: int
+    device: torch.device
+
+    @property
+    def positions(self) -> Tensor:
+        """(T,), or (B, T) as `first` is, int64."""
+        steps = torch.arange(self.new, device=self.device)
+        return steps + (self.first if isinstance(self.first, int) else self.first[:, None])
 
 
 @dataclass(frozen=True)

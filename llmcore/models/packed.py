@@ -1,7 +1,8 @@
 """A model with packed weights: the same model, its matrices in bfloat16, int8 or int4.
 
 For inference: packed weights take no gradient and are no parameters. Activations stay in the
-dtype of what is not packed (norms, biases).
+dtype of what is not packed (norms, biases), the stream of float32 in float32; only what a packed
+weight is multiplied by is rounded, as `ops.linear` says.
 """
 
 from collections.abc import Iterator, Mapping

@@ -93,10 +93,12 @@ class PagedKVCache(Cache):
         slots = starts[source[0]] + source[1]
         table = self.page_table
         return PagedSpan(
-            positions=(starts + forgotten)[:, None] + steps,
+            first=starts + forgotten,
+            new=new,
             kv_lengths=starts + taken,
             q_offset=starts,
             end=max(self._used) + new,
+            device=device,
             table=table,
             source=source,
             target=(table[source[0], slots // self.page_length], slots % self.page_length),

@@ -104,7 +104,7 @@ class Plan:
         span = cache.reserve(torch.empty(batch, new, 0, dtype=self.dtype), counts)
         ids = ids.to(torch.int64).contiguous()
         last = None
-        if last_only:
+        if last_only and new > 1:
             last = torch.full((batch,), new - 1) if counts is None else (counts - 1).clamp(min=0)
         logits = torch.empty(batch, 1 if last_only else new, config.vocab_size, dtype=self.dtype)
         cos, sin = self._angles_to(len(cache) + new)
@@ -112,7 +112,8 @@ class Plan:
         starts = span.q_offset if isinstance(span.q_offset, Tensor) else None
         positions = None  # as the slots, unless a window has let tokens go
         if config.window is not None:
-            positions = span.positions[..., 0].expand(batch).contiguous()
+            first = span.first
+            positions = first if isinstance(first, Tensor) else torch.full((batch,), first)
         table = getattr(span, "table", None)
         self._native.forward(
             ids=ids.data_ptr(),

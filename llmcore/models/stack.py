@@ -89,6 +89,13 @@ class Stack(nn.Module):
         assert isinstance(block, Block)
         return block.attention_norm.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        block = self.blocks[0]
+        assert isinstance(block, Block)
+        return block.attention_norm.weight.device
+
     def run(
         self,
         vectors: Tensor,
@@ -169,7 +176,7 @@ class Stack(nn.Module):
     def _span(self, vectors: Tensor, counts: Tensor | None) -> Span:
         """Where tokens go without a cache."""
         new = vectors.shape[1]
-        return Span(torch.arange(new, device=vectors.device), counts, 0, new)
+        return Span(0, new, counts, 0, new, vectors.device)
 
     def _check_length(self, length: int) -> None:
         if length > self.config.context_length:

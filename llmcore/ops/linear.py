@@ -6,11 +6,13 @@ Tensors:
     bias    (N)       x's dtype or float32; None stands for zeros
     y       (..., N)  x's dtype
 Float32: x and the weight as they are, their products and sums, the bias; rounded once, into y.
-With a weight in int8 or int4 x is rounded too, so that products are those of integers: each row's
-groups of `group` neighbours become q * step in float32, q whole in -127..127, by
+A weight that is packed in a narrower form has x rounded too, as far as is needed for fast products.
+bf16: x to bfloat16, to nearest, so that products are of pairs where the CPU has an instruction for
+those. int8 and int4: so that products are those of integers; each row's groups of `group`
+neighbours become q * step in float32, q whole in -127..127, by
     step = max|x| * (1 / 127)      q = round(x * (127 / max|x|)), ties to even
-which is the same on every backend. A group below 2^-100 counts as zeros. The gradient of x is that
-of the product with x as it was (straight through the rounding).
+A group below 2^-100 counts as zeros. All of this is the same on every backend. The gradient of x is
+that of the product with x as it was (straight through the rounding).
 In torch.autocast x, weight and bias are cast to its dtype, as torch's linear does; a PackedWeight
 stays as it is.
 Edge cases: any of rows, K, N may be 0; NaN and inf as in torch, but with int8 or int4 a row of x
@@ -58,14 +60,26 @@ def rounded_to_int8(x: torch.Tensor, group: int) -> torch.Tensor:
     return rounded.flatten(-2) + (x - x.detach())
 
 
+def rounded_to_bfloat16(x: torch.Tensor) -> torch.Tensor:
+    """x (float32 or float64) with bfloat16's 8 bits of mantissa."""
+    rounded = x.detach().bfloat16().to(x.dtype)
+    return rounded + (x - x.detach()).nan_to_num()  # which is 0, or NaN for an inf
+
+
+def as_multiplied(x: torch.Tensor, weight: torch.Tensor | PackedWeight) -> torch.Tensor:
+    """x (float32 or float64) as a product with this weight takes it."""
+    if not isinstance(weight, PackedWeight) or weight.format == "fp32":
+        return x
+    return rounded_to_bfloat16(x) if weight.scales is None else rounded_to_int8(x, weight.group)
+
+
 @contract.without_autocast
 def reference(
     x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The definition, in at least float32."""
-    wide = contract.widen(x)
+    wide = as_multiplied(contract.widen(x), weight)
     if isinstance(weight, PackedWeight):
-        wide = wide if weight.scales is None else rounded_to_int8(wide, weight.group)
         weight = weight.dequantize(wide.dtype)
     weight = weight.to(wide.dtype)
     return F.linear(wide, weight, None if bias is None else bias.to(wide.dtype)).to(x.dtype)

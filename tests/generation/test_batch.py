@@ -17,7 +17,9 @@ from llmcore.generate import generate
 from llmcore.generation import PrefixCache
 from llmcore.generation.batch import steps
 from llmcore.generation.reading import READ_BLOCK, Reader, together
+from llmcore.generation.speculative import LookupDraft
 from llmcore.models import KVCache, PagedKVCache
+from llmcore.models.packed import pack_weights
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 
@@ -36,6 +38,31 @@ def test_batch_is_each_prompt_alone(tiny_decoder, temperature, options):
     for batch_size in (1, 2, 3, 5, None):
         found = run(task_of(model, PROMPTS, stop=ends, batch_size=batch_size, **options))
         assert_same(found, expected)
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+def test_batch_of_packed_weights(tiny_decoder, format):
+    """What rounds its products' inputs keeps every bit, too: beside others, read at once or step by
+    step, from a prefix cache, with guesses, on one thread or two."""
+    model = tiny_decoder()
+    pack_weights(model, format)
+    expected = alone(model, PROMPTS)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert_same(run(task_of(model, PROMPTS, batch_size=3)), expected)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(run(task_of(model, PROMPTS, draft=LookupDraft())), expected)
+    prefixes = PrefixCache(model)
+    for _ in range(2):
+        assert_same(run(task_of(model, PROMPTS, prefixes=prefixes)), expected)
+    for prompt, tokens, logits in zip(PROMPTS, *expected, strict=True):
+        ids = torch.tensor([[*prompt, *tokens[:-1]]])
+        with torch.no_grad():
+            whole = model(ids, KVCache(model.config, 1))
+        assert torch.equal(whole[0, len(prompt) - 1 :], logits)
 
 
 def test_batch_gives_a_place_to_the_next_prompt_at_once(tiny_decoder):

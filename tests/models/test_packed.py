@@ -13,11 +13,11 @@ from llmcore.ops.packed_weight import PackedWeight, pack
 
 
 @pytest.mark.parametrize(
-    "format, lost, off", [("bf16", 0.003, 1e-5), ("int8", 0.01, 0.1), ("int4", 0.1, 0.1)]
+    "format, lost, off", [("bf16", 0.003, 0.02), ("int8", 0.01, 0.1), ("int4", 0.1, 0.1)]
 )
 def test_packed_model_is_that_of_its_rounded_weights(tiny_decoder, format, lost, off):
-    """What the weights lost, and how far it is from a plain model with such weights: not at all
-    in bf16; int8 and int4 round what they multiply too."""
+    """What the weights lost, and how far it is from a plain model with such weights: what they
+    multiply is rounded too."""
     model = tiny_decoder()
     errors = pack_weights(model, format)
     plain = tiny_decoder()
@@ -29,7 +29,7 @@ def test_packed_model_is_that_of_its_rounded_weights(tiny_decoder, format, lost,
         assert not errors
         ids = torch.randint(300, (2, 20))
         expected = plain(ids)
-        assert (model(ids) - expected).norm() / expected.norm() < off
+        assert 0 < (model(ids) - expected).norm() / expected.norm() < off
 
 
 def test_packed_embedding_gives_the_rows_of_the_weight(tiny_decoder):

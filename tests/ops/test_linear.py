@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import llmcore
 from llmcore import native, ops
 from llmcore.dispatch import REGISTRY, Candidate
-from llmcore.ops.linear import rounded_to_int8
+from llmcore.ops.linear import as_multiplied, rounded_to_int8
 from llmcore.ops.packed_weight import FORMATS, PackedWeight, from_integers
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -108,9 +108,8 @@ def test_linear_packed_is_linear_of_the_dequantized(format: str) -> None:
     x, bias = torch.randn(5, 64), torch.randn(9)
     packed = llmcore.pack(torch.randn(9, 64), format)
     y = ops.linear(x, packed, bias)
-    if packed.group:
-        x = rounded_to_int8(x, packed.group)
-    torch.testing.assert_close(y, F.linear(x, packed.dequantize(), bias), rtol=1e-5, atol=1e-5)
+    expected = F.linear(as_multiplied(x, packed), packed.dequantize(), bias)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_linear_rounded_x_is_near_x() -> None:
@@ -124,6 +123,23 @@ def test_linear_rounded_x_is_near_x() -> None:
     whole[:, ::32] = 127.0
     torch.testing.assert_close(rounded_to_int8(whole, 32), whole, rtol=1e-6, atol=0)
     assert rounded_to_int8(torch.full((1, 32), 1e-31), 32).abs().amax() == 0
+
+
+def test_linear_beside_bf16_rounds_x() -> None:
+    """x counts as bfloat16 at every level, to nearest, ties to even; NaN and inf as in torch."""
+    x, packed = torch.randn(4, 96), llmcore.pack(torch.randn(40, 96), "bf16")
+    x[0, 0] = 1.0 + 2**-8  # between two neighbours, the even one of which is 1
+    x[1, 3], x[2, 40] = math.nan, math.inf
+    for candidate in candidates_for(x, packed):
+        y = candidate.forward(x, packed, None)
+        assert torch.equal(y.isnan(), candidate.forward(x.bfloat16().float(), packed, None).isnan())
+        assert y[1].isnan().all() and y[2].isinf().all(), candidate.backend
+        rows = [0, 3]
+        rounded = candidate.forward(x[rows].bfloat16().float(), packed, None)
+        assert torch.equal(candidate.forward(x[rows], packed, None), rounded), candidate.backend
+        halves = candidate.forward(x[rows].bfloat16(), packed, None)
+        assert torch.equal(halves, rounded.bfloat16()), candidate.backend
+    assert not torch.equal(rounded, F.linear(x[rows], packed.dequantize()))
 
 
 @pytest.mark.parametrize("group", [16, 32, 64, 256])
@@ -145,12 +161,13 @@ def test_linear_of_integers_is_the_integers_product(group: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
-def test_linear_quantized_rows_have_their_own_bits(dtype: torch.dtype, backend: str) -> None:
+def test_linear_packed_rows_have_their_own_bits(dtype: torch.dtype, backend: str) -> None:
     """Whatever the number of rows, a row's place among them and the threads."""
     x, bias = torch.randn(77, 160).to(dtype), torch.randn(150)
     if backend == "reference" or native.module is None:
         pytest.skip("the definition's sums are torch's, whose order depends on the number of rows")
-    for packed in packed_in_every_way(torch.randn(150, 160)).values():
+    weight = torch.randn(150, 160)
+    for packed in (llmcore.pack(weight, "bf16"), *packed_in_every_way(weight).values()):
         for level in (c for c in candidates_for(x, packed) if c.backend != "reference"):
             whole = level.forward(x, packed, bias)
             for rows in (1, 2, 3, 6, 8, 13, 64, 65):
