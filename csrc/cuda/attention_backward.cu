@@ -198,10 +198,7 @@ __global__ void __launch_bounds__(WARPS * 32) attention_backward_queries_kernel(
 
   const Keys keys(p, b);
   const Scores scores(p);
-  const int first_block = keys.low(first_row) / BLOCK_N;
-  const int blocks = int(ceil_div(keys.high(first_row + rows - 1), BLOCK_N));
-  const int whole_from = int(ceil_div(keys.low(first_row + rows - 1), BLOCK_N)),
-            whole_to = keys.high(first_row) / BLOCK_N;
+  const KeyBlocks blocks(keys, first_row, first_row + rows - 1, BLOCK_N);
   const auto fetch = [&](int block) {
     const int key = block * BLOCK_N;
     const uint32_t stage = stages + block % Shape::STAGES * Shape::STAGE_BYTES;
@@ -212,7 +209,7 @@ __global__ void __launch_bounds__(WARPS * 32) attention_backward_queries_kernel(
   };
   Tile<D>::template copy<BLOCK_M>(q_tile, q, p.q_strides[2], rows, thread, WARPS * 32);
   Tile<D>::template copy<BLOCK_M>(dout_tile, dout, op.dout_strides[2], rows, thread, WARPS * 32);
-  if (first_block < blocks) fetch(first_block);
+  if (blocks.first < blocks.end) fetch(blocks.first);
   commit_copies();
   const int own = 16 * M * warp;
   const uint32_t q_base = left_base<D>(q_tile + rows_down<D>(own), lane);
@@ -231,10 +228,10 @@ __global__ void __launch_bounds__(WARPS * 32) attention_backward_queries_kernel(
     }
   }
   float dq[M][D / 8][4] = {};
-  for (int block = first_block; block < blocks; ++block) {
+  for (int block = blocks.first; block < blocks.end; ++block) {
     wait_copies<0>();
     __syncthreads();
-    if (block + 1 < blocks) fetch(block + 1);
+    if (block + 1 < blocks.end) fetch(block + 1);
     commit_copies();
     const uint32_t k_tile = stages + block % Shape::STAGES * Shape::STAGE_BYTES, v_tile = k_tile + Shape::TILE_BYTES;
     float s[M][N][4] = {}, dp[M][N][4] = {};
@@ -243,12 +240,12 @@ __global__ void __launch_bounds__(WARPS * 32) attention_backward_queries_kernel(
     multiply_rows<T, D>(
         dp, [&](uint32_t (&a)[M][4], int step) { load_left<D>(a, dout_base, step); }, right_base<D>(v_tile, lane));
     weights_and_gradients<false>(
-        s, dp, scores, keys, block < whole_from || block >= whole_to, first_row + own, block * BLOCK_N, lane,
+        s, dp, scores, keys, blocks.cuts(block), first_row + own, block * BLOCK_N, lane,
         [&](int m, int, int i) { return lse[m][i / 2]; }, [&](int m, int, int i) { return delta[m][i / 2]; });
     multiply_columns<T, D>(dq, dp, left_base<D>(k_tile, lane));
   }
   wait_copies<0>();
-  if (first_block >= blocks) __syncthreads();
+  if (blocks.first >= blocks.end) __syncthreads();
   __syncwarp();
   store_tile<T, D>(q_tile + rows_down<D>(own), dq, factor, lane);
   __syncwarp();

@@ -7,6 +7,15 @@
 
 namespace llmcore::cuda {
 
+// Of the current device: 80 for 8.0; 0 where it can't be asked.
+inline int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return 10 * major + minor;
+}
+
 // Queues a kernel; dynamic shared memory above 48 KiB has to be asked for first.
 template <typename... Arguments>
 int launch(void (*kernel)(Arguments...), dim3 grid, dim3 block, int shared_bytes, Stream stream,

@@ -129,6 +129,15 @@ __device__ void multiply_rows(float (&c)[M][N][4], Left left, uint32_t b) {
   }
 }
 
+// Two neighbours of a row of accumulators, rounded, as operand A.
+template <typename T>
+__device__ void pack_left(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
+  a[0] = pack<T>(left[0], left[1]);
+  a[1] = pack<T>(left[2], left[3]);
+  a[2] = pack<T>(right[0], right[1]);
+  a[3] = pack<T>(right[2], right[3]);
+}
+
 // c (16 M x D) += p b, p (16 M x 8 N) in accumulators, rounded to T, and b (8 N rows of a tile at left_base).
 template <typename T, int D, int M, int N>
 __device__ void multiply_columns(float (&c)[M][D / 8][4], const float (&p)[M][N][4], uint32_t b) {
@@ -136,12 +145,7 @@ __device__ void multiply_columns(float (&c)[M][D / 8][4], const float (&p)[M][N]
   for (int n = 0; n < N; n += 2) {
     uint32_t a[M][4];
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
-      a[m][0] = pack<T>(p[m][n][0], p[m][n][1]);
-      a[m][1] = pack<T>(p[m][n][2], p[m][n][3]);
-      a[m][2] = pack<T>(p[m][n + 1][0], p[m][n + 1][1]);
-      a[m][3] = pack<T>(p[m][n + 1][2], p[m][n + 1][3]);
-    }
+    for (int m = 0; m < M; ++m) pack_left<T>(a[m], p[m][n], p[m][n + 1]);
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
       uint32_t r[4];

@@ -51,9 +51,11 @@ def record(kernel: str, stats: ptxsim.Stats) -> None:
 
 
 class Library:
-    """The launchers of some ops, linked with the runtime that simulates."""
+    """The launchers of some ops, linked with the runtime that simulates a GPU of a capability."""
 
-    def __init__(self, ops: Sequence[str], edits: Sequence[nvcc.Edit] = ()) -> None:
+    def __init__(
+        self, ops: Sequence[str], edits: Sequence[nvcc.Edit] = (), capability: int = 80
+    ) -> None:
         hosts = nvcc.hosts(ops, edits)
         self.texts = [host.ptx for host in hosts.values()]
         self.modules: dict[str, ptxsim.Module] = {}
@@ -71,7 +73,7 @@ class Library:
         self.memory = Memory()
         self._failure: BaseException | None = None
         self._simulate = SIMULATE(self._run)  # kept alive: C calls it
-        self.library.set_simulator(self._simulate)
+        self.library.set_simulator(self._simulate, capability)
 
     def _module(self, kernel: str) -> ptxsim.Module:
         if kernel not in self.modules:

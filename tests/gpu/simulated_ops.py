@@ -305,7 +305,7 @@ BINDINGS = {
         Attention,
         "with_contract_arguments",
         "attention_native",
-        ("attention", "attention_backward"),
+        ("attention", "attention_sm90", "attention_backward"),
     ),
 }
 
