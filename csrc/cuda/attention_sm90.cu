@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(WarpgroupShape<D>::THREADS, 1)
 #pragma unroll
   for (int panel = 0; panel < Shape::PANELS; ++panel) {
     const uint32_t tile = at.q() + panel * Shape::Q_PANEL_BYTES + warp_row * PANEL * 2;
-    store_tile<T, PANEL>(tile, reinterpret_cast<const float(&)[1][PANEL / 8][4]>(out[0][panel * PANEL / 8]), factor,
+    store_tile<T, PANEL>(tile, reinterpret_cast<const float (&)[1][PANEL / 8][4]>(out[0][panel * PANEL / 8]), factor,
                          lane);
     __syncwarp();
     write_tile<T, PANEL, 16>(tile, y + panel * PANEL, op.out_strides[2], rows - warp_row, lane);

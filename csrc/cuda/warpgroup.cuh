@@ -102,11 +102,11 @@ __device__ inline uint64_t operand(uint32_t address, int panel_bytes) {
 #define LLMCORE_C4(c, n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define LLMCORE_C16(c, n) LLMCORE_C4(c, n), LLMCORE_C4(c, n + 1), LLMCORE_C4(c, n + 2), LLMCORE_C4(c, n + 3)
 #define LLMCORE_C32(c, n) LLMCORE_C16(c, n), LLMCORE_C16(c, n + 4)
-#define LLMCORE_NAMES_32                                                                                    \
+#define LLMCORE_NAMES_32                                                                                      \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
   "%23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define LLMCORE_NAMES_64                                                                                            \
-  LLMCORE_NAMES_32                                                                                                  \
+#define LLMCORE_NAMES_64                                                                                             \
+  LLMCORE_NAMES_32                                                                                                   \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
   "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 

@@ -85,7 +85,22 @@ class Traffic:
 
 def traffic(name: str) -> dict[str, Traffic]:
     """By mangled name, each kernel of the op that a bfloat16 call and its gradient launch."""
-    op, library = REGISTRY[name], simulated_ops.library_of(name)
+    found: dict[str, Traffic] = {}
+    for capability in capabilities(name):
+        # A kernel that both run is counted once.
+        found = count_traffic(name, capability) | found
+    return found
+
+
+def capabilities(name: str) -> list[int]:
+    """Of the GPUs that have kernels of their own for this op, 80 first."""
+    own = [nvcc.own_target(source) for source in simulated_ops.sources_of(name)]
+    small = [89] if name == "attention" else []  # of little shared memory
+    return [80, *small, *sorted({int(target.rstrip("a")) for target in own if target})]
+
+
+def count_traffic(name: str, capability: int) -> dict[str, Traffic]:
+    op, library = REGISTRY[name], simulated_ops.library_of(name, capability=capability)
     library.options = {"statistics": True}
     for sample in samples_of(name):
         args, options = sample.cast(BF16, "cpu")
@@ -126,6 +141,8 @@ class Facts:
     @property
     def name(self) -> str:
         width = " D=64" if "Li64E" in self.kernel else " D=128" if "Li128E" in self.kernel else ""
+        if "backward_keys" in self.kernel and "Li128ELi1E" in self.kernel:
+            width += " small"  # for GPUs with less shared memory
         return simulated.plain_name(self.kernel).removesuffix("_kernel") + width
 
     @property
@@ -162,7 +179,9 @@ class Facts:
 def facts(name: str, targets: list[int]) -> Iterator[Facts]:
     counted = traffic(name)
     for target in targets:
-        for source in simulated_ops.BINDINGS[name].sources or (name,):
+        for source in simulated_ops.sources_of(name):
+            if nvcc.own_target(source) not in (None, f"{target}a"):
+                continue
             cubin = nvcc.cubin(source, target)
             code, used = machine_code.functions(cubin), machine_code.resources(cubin)
             for kernel in counted:

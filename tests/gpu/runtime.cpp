@@ -95,8 +95,10 @@ int cudaGetDevice(int* device) {
   return 0;
 }
 int cudaDeviceGetAttribute(int* value, int attribute, int) {
-  constexpr int MAJOR = 75;
-  *value = attribute == MAJOR ? capability / 10 : capability % 10;
+  constexpr int MAJOR = 75, MINOR = 76, SHARED_BYTES = 97;
+  if (attribute == MAJOR) *value = capability / 10;
+  if (attribute == MINOR) *value = capability % 10;
+  if (attribute == SHARED_BYTES) *value = (capability == 80 ? 163 : capability == 90 ? 227 : 99) * 1024;
   return 0;
 }
 int cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long, int* status) {

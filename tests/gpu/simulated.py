@@ -178,7 +178,8 @@ class Memory:
         _, buffer = self.fresh(extent * tensor.itemsize, name, skew)
         place = torch.from_numpy(buffer).view(tensor.dtype)
         copy = place.as_strided(tensor.shape, tensor.stride()) if extent else tensor
-        copy.copy_(tensor)
+        once = tuple(slice(0, 1) if s == 0 else slice(None) for s in tensor.stride())
+        copy[once].copy_(tensor[once])
         locked = buffer.view()
         locked.flags.writeable = False
         self.allocations[-1] = (self.allocations[-1][0], locked, name)

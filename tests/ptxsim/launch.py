@@ -13,6 +13,7 @@ import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
 from . import (  # noqa: F401 (opcodes)
+    instructions,
     matrix_instructions,
     memory_barriers,
     memory_instructions,

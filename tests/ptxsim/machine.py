@@ -385,10 +385,8 @@ class Machine:
         self.stats.issued += steps
         if self.sleeping:
             block, mask = next(iter(self.sleeping.items()))
-            raise BarrierError(
-                f"{self.program.name}: {int(mask.sum())} threads wait forever for an mbarrier\n"
-                f"  first: {self.thread_name(int(mask.argmax()))}\n  {blocks[block].instrs[0].where}"
-            )
+            text = f"{int(mask.sum())} threads wait forever for an mbarrier, this one among them"
+            self.fail(BarrierError, blocks[block].instrs[0], text, int(mask.argmax()))
         stuck = [n for n, b in self.barriers.items() if b.waiting.any()]
         if stuck:
             barrier = self.barriers[stuck[0]]

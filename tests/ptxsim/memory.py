@@ -360,7 +360,7 @@ class SharedMemory:
         self.in_flight[cells], self.written[cells] = False, True
         self.any_in_flight = bool(self.in_flight.any())
 
-    # --- reads by products, which threads wait for -------------------------------------------------
+    # --- reads by products, which threads wait for ---------------------------------------------
     def begin_read(
         self, access: Access, addr: Array, dtype: np.dtype, vector: int
     ) -> tuple[Array, Array | None, Array]:

@@ -62,7 +62,7 @@ def _mbarrier(instr: Instr, program: Program, block: int) -> Step:
     waits = action in ("try_wait", "test_wait")
     known = ("init", "inval", "arrive", "expect_tx", "try_wait", "test_wait")
     unknown = action not in known or (waits and "parity" not in instr.mods)
-    if unknown or instr.guard is not None and waits or "noComplete" in instr.mods:
+    if unknown or (instr.guard is not None and waits) or "noComplete" in instr.mods:
         raise unsupported(instr)
     target = instr.operands[1 if waits or action == "arrive" else 0]
     extra = instr.operands[2 if waits or action == "arrive" else 1 :]

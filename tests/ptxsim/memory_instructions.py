@@ -169,7 +169,7 @@ def _atomic(instr: Instr, program: Program, _: int) -> Step:
 
 @opcode("cp")
 def _cp(instr: Instr, program: Program, block: int) -> Step:
-    if "bulk" in instr.mods and "tensor" in instr.mods or "shared::cluster" in instr.mods:
+    if ("bulk" in instr.mods and "tensor" in instr.mods) or "shared::cluster" in instr.mods:
         return bulk_copy(instr, program)
     if instr.parts[1] != "async" or instr.mods & {"bulk", "mbarrier", "reduce"}:
         raise unsupported(instr)

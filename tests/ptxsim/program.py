@@ -28,6 +28,7 @@ def waits(instr: Instr) -> bool:
 def ends_block(instr: Instr) -> bool:
     return instr.op in ENDS_BLOCK or waits(instr)
 
+
 _COORDINATES: dict[str, Callable[[Machine, int], Array]] = {
     "tid": lambda m, axis: m.lane_thread // int(np.prod(m.block[:axis])) % m.block[axis],
     "ctaid": lambda m, axis: m.ctaid // int(np.prod(m.grid[:axis])) % m.grid[axis],

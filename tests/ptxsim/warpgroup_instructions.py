@@ -145,7 +145,6 @@ def _product(instr: Instr, program: Program) -> Step:
     def shared_matrix(m: Machine, operand: Operand, descriptor: Array) -> Array:
         lanes = m.active
         addr = operand.addresses(m, instr, m.spread(descriptor)[lanes], lanes)
-        # The window of shared memory starts at address 0 of a descriptor's 18 bits.
         groups, pieces = addr.shape
         readers_of = np.broadcast_to(
             lanes.reshape(groups, 1, 128), (groups, -(-pieces // 128), 128)
@@ -187,7 +186,8 @@ def _product(instr: Instr, program: Program) -> Step:
         if add.any():
             m.require_settled(instr, c_slots, "accumulator")
             raw = np.stack([m.spread(r(m))[m.active] for r in readers], axis=-1).view(np.float32)
-            # Register 4 n + 2 half + e of a lane: row lane / 4 + 8 half, column 8 n + 2 (lane % 4) + e.
+            # A lane's register 4 n + 2 half + e: row lane // 4 + 8 half,
+            # column 8 n + 2 (lane % 4) + e.
             old = raw.reshape(-1, 4, 8, 4, columns // 8, 2, 2).transpose(0, 1, 5, 2, 4, 3, 6)
             result = result + np.where(add[:, :1, None], old.reshape(-1, 64, columns), 0)
         shaped = result.astype(np.float32).reshape(-1, 4, 2, 8, columns // 8, 4, 2)
