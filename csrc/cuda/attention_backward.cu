@@ -228,7 +228,8 @@ template <int D>
 struct QueriesShape {
   static constexpr int M = 2, BLOCK_M = WARPS * 16 * M, BLOCK_N = 32, N = BLOCK_N / 8, STAGES = 2;
   static constexpr int QUERIES_BYTES = BLOCK_M * D * 2, TILE_BYTES = BLOCK_N * D * 2, STAGE_BYTES = 2 * TILE_BYTES;
-  static constexpr int SHARED_BYTES = 2 * QUERIES_BYTES + STAGES * STAGE_BYTES;
+  static constexpr int ROWS_BYTES = 2 * BLOCK_M * 4;  // lse and delta, for which there is no register at D = 128
+  static constexpr int SHARED_BYTES = 2 * QUERIES_BYTES + STAGES * STAGE_BYTES + ROWS_BYTES;
 };
 
 template <typename T, int D>
@@ -249,6 +250,7 @@ __global__ void __launch_bounds__(WARPS * 32) attention_backward_queries_kernel(
   const T* v = static_cast<const T*>(p.v) + b * p.v_strides[0] + g * p.v_strides[1];
   const uint32_t q_tile = shared_address(shared), dout_tile = q_tile + Shape::QUERIES_BYTES;
   const uint32_t stages = dout_tile + Shape::QUERIES_BYTES;
+  constexpr int ROWS_START = Shape::SHARED_BYTES - Shape::ROWS_BYTES;
 
   const Keys keys(p, b);
   const Scores scores(p);
@@ -263,22 +265,16 @@ __global__ void __launch_bounds__(WARPS * 32) attention_backward_queries_kernel(
   };
   Tile<D>::template copy<BLOCK_M>(q_tile, q, p.q_strides[2], rows, thread, WARPS * 32);
   Tile<D>::template copy<BLOCK_M>(dout_tile, dout, op.dout_strides[2], rows, thread, WARPS * 32);
+  for (int i = thread; i < 2 * BLOCK_M; i += WARPS * 32) {
+    const float* values = (i < BLOCK_M ? op.lse : whole.delta) + (b * p.H + h) * p.T + first_row;
+    copy_float_async(q_tile + ROWS_START + i * 4, values + i % BLOCK_M, i % BLOCK_M < rows);
+  }
   if (blocks.first < blocks.end) fetch(blocks.first);
   commit_copies();
   const int own = 16 * M * warp;
+  const float* own_lse = reinterpret_cast<const float*>(shared + ROWS_START) + own + lane / 4;
   const uint32_t q_base = left_base<D>(q_tile + rows_down<D>(own), lane);
 
-  float lse[M][2], delta[M][2];
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = own + 16 * m + 8 * half + lane / 4;
-      const int64_t place = (b * p.H + h) * p.T + first_row + row;
-      lse[m][half] = row < rows ? op.lse[place] : 0.0f;
-      delta[m][half] = row < rows ? whole.delta[place] : 0.0f;
-    }
-  }
   float dq[M][D / 8][4] = {};
   for (int block = blocks.first; block < blocks.end; ++block) {
     wait_copies<0>();
@@ -294,7 +290,8 @@ __global__ void __launch_bounds__(WARPS * 32) attention_backward_queries_kernel(
         Shape::TILE_BYTES);
     weights_and_gradients<false>(
         s, dp, scores, keys, blocks.cuts(block), first_row + own, block * BLOCK_N, lane,
-        [&](int m, int, int i) { return lse[m][i / 2]; }, [&](int m, int, int i) { return delta[m][i / 2]; });
+        [&](int m, int, int i) { return own_lse[16 * m + 8 * (i / 2)]; },
+        [&](int m, int, int i) { return own_lse[BLOCK_M + 16 * m + 8 * (i / 2)]; });
     multiply_columns<T, D>(dq, dp, left_base<D>(k_tile, lane));
   }
   wait_copies<0>();

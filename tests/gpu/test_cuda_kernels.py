@@ -105,6 +105,15 @@ def test_cuda_kernels_attention_sm90_every_option(dtype: str, record_property) -
 
 
 @SLOW
+def test_cuda_kernels_attention_little_shared_memory(record_property) -> None:
+    """Where a block may have 99 KB only, another kernel does the keys' gradients at width 128."""
+    samples = [sample for sample in attention_samples() if sample.name == "causal_128"]
+    launchers = simulated_ops.library_of("attention", capability=89)
+    hold("attention", "bfloat16", samples, record_property, launchers)
+    assert any("keys_kernelI13__nv_bfloat16Li128ELi1E" in kernel for kernel in launchers.geometry)
+
+
+@SLOW
 def test_cuda_kernels_attention_sm90_only_where_it_fits() -> None:
     """A tensor map knows no stride of 0: keys that heads share by one go to the other kernel."""
     draw = Draw(2)
