@@ -175,6 +175,51 @@ class Facts:
             f"{self.traffic.conflicts} bank conflicts, {self.traffic.coalescing:.0%} coalesced"
         )
 
+    def shortcomings(self) -> Iterator[str]:
+        """What a fast kernel would not have, with the reason where there is one."""
+        ops, plain = self.loop.opcodes, simulated.plain_name(self.kernel)
+        bound = Issue.of(self.loop.always).bound()
+        found = {
+            "local": count(ops, "LDL", "STL"),
+            "atomic": count(ops, "ATOM", "ATOMG", "RED"),
+            "bound": count(ops, *machine_code.TENSOR) > 0 and bound != "tensor",
+            "narrow": machine_code.narrow_accesses(ops),
+            "conflicts": self.traffic.conflicts,
+            "coalescing": self.traffic.coalescing < 1.0,
+        }
+        texts = {
+            "local": f"{found['local']} accesses of local memory in the loop",
+            "atomic": f"{found['atomic']} atomics in the loop",
+            "bound": f"the tensor cores wait for: {bound}",
+            "narrow": f"{found['narrow']} global accesses of less than 128 bits",
+            "conflicts": f"{found['conflicts']} bank conflicts",
+            "coalescing": f"{self.traffic.coalescing:.0%} coalesced",
+        }
+        for what, holds in found.items():
+            if holds:
+                reason = REASONS.get((what, self.name)) or REASONS.get((what, plain), "no reason")
+                yield f"{texts[what]} ({reason})"
+
+
+ROW_VALUES = "single floats of rows, beside the tensors"
+REASONS = {
+    ("bound", "attention_decode_kernel"): "it is bound by memory: K and V are read once",
+    (
+        "bound",
+        "attention_forward_sm90 D=64",
+    ): "one exponential for 4 D operations, as H100 has them",
+    ("bound", "attention_backward_keys D=128 small"): "for GPUs of little shared memory: 16 keys "
+    "a warp, so that an ldmatrix feeds 2 products",
+    ("narrow", "attention_backward_keys_kernel"): "lse and delta, a float of each row",
+    ("narrow", "attention_delta_kernel"): ROW_VALUES,
+    ("narrow", "attention_combine_kernel"): "float32 parts of few rows",
+    ("narrow", "sum_partials_kernel"): "one sum for each column, over rows of float32",
+    ("narrow", "cross_entropy_sum_kernel"): ROW_VALUES,
+    ("narrow", "count_targets_kernel"): ROW_VALUES,
+    ("coalescing", "norm_backward_kernel"): "float32 sums beside 16-bit rows: two accesses each",
+}
+"""By shortcoming, and kernel or kernel with its width."""
+
 
 def facts(name: str, targets: list[int]) -> Iterator[Facts]:
     counted = traffic(name)
@@ -189,6 +234,10 @@ def facts(name: str, targets: list[int]) -> Iterator[Facts]:
                     loop = machine_code.hot_loop(code[kernel])
                     yield Facts(kernel, target, used[kernel], loop, counted[kernel])
 
+
+PRODUCTS = """static: attention's backward pass has 7 products, 7/2 of the forward pass's tensor
+instructions, where 5 would do: both of its kernels compute scores and weights, so that no block
+waits for another and dq is the same bits each time (csrc/cuda/attention_backward.cu says more)"""
 
 # Real shapes: what is moved and computed at least, in bytes and operations.
 ROWS, WIDTH, CLASSES, LENGTH, HEADS, D = 8192, 4096, 128256, 4096, 32, 128
@@ -233,6 +282,10 @@ def main() -> None:
     for name in options.ops:
         for line in facts(name, options.targets):
             print(line, flush=True)
+            for shortcoming in line.shortcomings():
+                print(f"    does not hold: {shortcoming}", flush=True)
+    if "attention" in options.ops:
+        print(PRODUCTS)
     print("static: the least time that data sheets allow at real shapes, in bfloat16")
     for line in rooflines():
         print(line)

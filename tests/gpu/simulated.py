@@ -73,7 +73,7 @@ class Library:
         self.memory = Memory()
         self._failure: BaseException | None = None
         self._simulate = SIMULATE(self._run)  # kept alive: C calls it
-        self.library.set_simulator(self._simulate, capability)
+        self.capability = capability
 
     def _module(self, kernel: str) -> ptxsim.Module:
         if kernel not in self.modules:
@@ -109,6 +109,8 @@ class Library:
 
     def call(self, function: str, struct: str, fields: dict[str, Any], *, scratch: bool) -> None:
         """function(struct(fields), scratch memory if it takes some, stream); raises its fault."""
+        # Each time: another Library of the same launchers shares the code, and so its variables.
+        self.library.set_simulator(self._simulate, self.capability)
         op = native_structs.struct(struct)()
         fill(op, fields)
         kind = f"RKNS_{len(struct)}{struct}E"

@@ -66,7 +66,7 @@ def attention_samples() -> list[Sample]:
 
 
 SLOW = pytest.mark.slow
-QUICK_SM90 = ("causal_128", "long")
+QUICK_SM90 = ("long",)
 QUICK = ("one_block", "causal_128", "softcap_window", "lengths", "decode")
 
 
