@@ -59,7 +59,7 @@ def check(folder: Path, version: str) -> None:
     # As the README's installation does it, but nothing less than the native kernels will do.
     environment = {**os.environ, "LLMCORE_REQUIRE_NATIVE": "1"}
     environment.pop("PYTHONPATH", None)
-    build = [*install, "--verbose", "--no-deps", "--no-build-isolation", str(ROOT)]
+    build = [*install, "--verbose", "--no-build-isolation", str(ROOT)]
     subprocess.run(build, check=True, env=environment)
     subprocess.run([python, "-c", LOOK], check=True, cwd=folder, env=environment)
 
