@@ -27,9 +27,8 @@ assert native.cuda_reason() == "", native.cuda_reason()
 names = [name for name, op in REGISTRY.items() if op.candidate("cuda") is not None]
 assert names
 for name in names:
-    operator = "rope" if name == "rope" else f"{name}_forward"
-    has = torch._C._dispatch_has_kernel_for_dispatch_key(f"llmcore::{operator}", "CUDA")
-    assert has, f"llmcore::{operator} has no CUDA kernel"
+    has = torch._C._dispatch_has_kernel_for_dispatch_key(f"llmcore::{name}_forward", "CUDA")
+    assert has, f"llmcore::{name}_forward has no CUDA kernel"
 print(f"torch {torch.__version__}, CUDA {torch.version.cuda}: {len(names)} ops have CUDA kernels,")
 print(f"{', '.join(names)}; here: {device.cuda_kernels_reason() or 'a GPU is there'}")
 """
