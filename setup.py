@@ -56,7 +56,11 @@ if os.environ.get("LLMCORE_WERROR") == "1":
     NVCC += ["-Werror", "all-warnings"]
 
 
-def nvcc_flags() -> list[str]:
+def nvcc_flags(source: Path) -> list[str]:
+    """For all targets; a source whose name ends in _sm90 has instructions of sm_90a alone."""
+    own = re.search(r"_sm(\d+)$", source.stem)
+    if own is not None:
+        return [*NVCC, f"-gencode=arch=compute_{own.group(1)}a,code=sm_{own.group(1)}a"]
     targets = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS]
     newest = CUDA_TARGETS[-1]
     return [*NVCC, *targets, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
@@ -176,7 +180,7 @@ class NinjaBuild(build_ext):
             "  depfile = $out.d",
             "  description = $out",
             "rule nvcc",
-            f"  command = nvcc -MD -MF $out.d {words(*nvcc_flags())} -c $in -o $out",
+            "  command = nvcc -MD -MF $out.d $flags -c $in -o $out",
             "  depfile = $out.d",
             "  description = $out",
             "rule link",
@@ -203,6 +207,7 @@ class NinjaBuild(build_ext):
                 compile_to(f"{level}_{source.stem}", source, [*KERNEL, *flags, *defines])
         for source in [] if without_cuda else sorted((csrc / "cuda").glob("*.cu")):
             lines.append(f"build cuda_{source.stem}.o: nvcc {ninja_path(source)}")
+            lines.append(f"  flags = {words(*nvcc_flags(source))}")
             objects.append(f"cuda_{source.stem}.o")
         lines.append(f"build {ninja_path(target)}: link {' '.join(objects)}")
         return "\n".join(lines) + "\n"

@@ -30,6 +30,7 @@ SHARED = (
         "activation",
         "attention_scores",
         "attention_backward",
+        "attention_sm90",
     ),  # of several ops in Triton
 )
 """Kernel files that no one op owns."""

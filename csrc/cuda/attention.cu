@@ -35,11 +35,7 @@ __global__ void __launch_bounds__(WARPS * 32) attention_forward_kernel(const Att
 
   const Keys keys(p, b);
   const Scores scores(p);
-  const int first_block = keys.low(first_row) / BLOCK_N;
-  const int blocks = int(ceil_div(keys.high(first_row + rows - 1), BLOCK_N));
-  // Key blocks in [whole_from, whole_to) are seen by all rows from end to end.
-  const int whole_from = int(ceil_div(keys.low(first_row + rows - 1), BLOCK_N)),
-            whole_to = keys.high(first_row) / BLOCK_N;
+  const KeyBlocks blocks(keys, first_row, first_row + rows - 1, BLOCK_N);
   const auto fetch = [&](int block) {
     const int key = block * BLOCK_N, stage = block % Shape::STAGES;
     Tile<D>::template copy<BLOCK_N>(k_tiles + stage * Shape::TILE_BYTES, k + key * p.k_strides[2], p.k_strides[2],
@@ -49,7 +45,7 @@ __global__ void __launch_bounds__(WARPS * 32) attention_forward_kernel(const Att
   };
 
   Tile<D>::template copy<BLOCK_M>(q_tile, q, p.q_strides[2], rows, thread, WARPS * 32);
-  if (first_block < blocks) fetch(first_block);
+  if (blocks.first < blocks.end) fetch(blocks.first);
   commit_copies();
   const uint32_t own_rows = rows_down<D>(16 * M * warp);
   const uint32_t q_base = left_base<D>(q_tile + own_rows, lane);
@@ -73,45 +69,36 @@ __global__ void __launch_bounds__(WARPS * 32) attention_forward_kernel(const Att
 
   float out[M][D / 8][4] = {};
   OnlineSoftmax<M> softmax;
-  for (int block = first_block; block < blocks; ++block) {
+  for (int block = blocks.first; block < blocks.end; ++block) {
     wait_copies<0>();
     __syncthreads();  // this block's keys are there, and no warp reads the last one's any more
-    if (block + 1 < blocks) fetch(block + 1);
+    if (block + 1 < blocks.end) fetch(block + 1);
     commit_copies();
     const uint32_t stage = uint32_t(block % Shape::STAGES * Shape::TILE_BYTES);
     float s[M][N][4] = {};
     multiply_rows<T, D>(s, load_q, right_base<D>(k_tiles + stage, lane));
     scores.cap(s);
-    if (block < whole_from || block >= whole_to) {
+    if (blocks.cuts(block)) {
       mask_outside<false>(s, keys, first_row + 16 * M * warp, block * BLOCK_N, -INFINITY, lane);
     }
-    softmax.update(s, out, scores.factor);
+    float decay[M][2];
+    softmax.weigh(s, decay, scores.factor);
+    softmax.scale(out, decay);
     multiply_columns<T, D>(out, s, left_base<D>(v_tiles + stage, lane));
   }
   wait_copies<0>();
-  if (first_block >= blocks) __syncthreads();  // Q's tile, which is written below, has arrived for all
+  if (blocks.first >= blocks.end) __syncthreads();  // Q's tile, which is written below, has arrived for all
 
   float factor[M][2];
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float sum = quad_sum(softmax.sum[m][half]);
-      factor[m][half] = sum == 0.0f ? 0.0f : 1.0f / sum;
-      const int row = 16 * (M * warp + m) + 8 * half + lane / 4;
-      if (lane % 4 == 0 && row < rows) {
-        op.lse[(b * p.H + h) * p.T + first_row + row] =
-            sum == 0.0f ? -INFINITY : (softmax.maximum[m][half] * scores.factor + log2f(sum)) / LOG2E;
-      }
-    }
-  }
+  const int warp_row = 16 * M * warp;
+  softmax.finish(factor, op.lse + (b * p.H + h) * p.T + first_row + warp_row, rows - warp_row, scores.factor, lane);
   // By way of this warp's rows of Q's tile, which nobody else reads, so that the result leaves 128 bits at a time.
   __syncwarp();
   store_tile<T, D>(q_tile + own_rows, out, factor, lane);
   __syncwarp();
   T* y = static_cast<T*>(op.out) + b * op.out_strides[0] + h * op.out_strides[1] +
-         (first_row + 16 * M * warp) * op.out_strides[2];
-  write_tile<T, D, 16 * M>(q_tile + own_rows, y, op.out_strides[2], rows - 16 * M * warp, lane);
+         (first_row + warp_row) * op.out_strides[2];
+  write_tile<T, D, 16 * M>(q_tile + own_rows, y, op.out_strides[2], rows - warp_row, lane);
 }
 
 size_t attention_forward_workspace(const AttentionForward& op) {
@@ -126,6 +113,7 @@ int attention_forward(const AttentionForward& op, void* workspace, Stream stream
     using T = decltype(zero);
     constexpr int D = decltype(width)::value;
     if (is_decode(p)) return decode<T, D>(op, static_cast<float*>(workspace), stream);
+    if (compute_capability() == 90 && attention_fits_sm90(p)) return attention_forward_sm90(op, stream);
     using Shape = ForwardShape<D>;
     const dim3 grid(unsigned(ceil_div(p.T, Shape::BLOCK_M)), unsigned(p.H), unsigned(p.B));
     return launch(attention_forward_kernel<T, D>, grid, dim3(WARPS * 32), Shape::SHARED_BYTES, stream, op);

@@ -41,6 +41,18 @@ struct Keys {
   __device__ bool sees(int ahead, int key) const { return ahead >= -left && ahead <= right && key < length; }
 };
 
+// The blocks of keys that a block of queries meets; those in [whole_from, whole_to) all its rows see from end to end.
+struct KeyBlocks {
+  int first, end, whole_from, whole_to;
+
+  __device__ KeyBlocks(const Keys& keys, int64_t first_row, int64_t last_row, int size)
+      : first(keys.low(first_row) / size),
+        end(int(ceil_div(keys.high(last_row), size))),
+        whole_from(int(ceil_div(keys.low(last_row), size))),
+        whole_to(keys.high(first_row) / size) {}
+  __device__ bool cuts(int block) const { return block < whole_from || block >= whole_to; }
+};
+
 // Scores before masking become what 2 is raised to, but for a factor that `Scores::factor` is: with a softcap the
 // scores are capped here, without one the scale is left to the exponent's multiply-add.
 struct Scores {
@@ -88,9 +100,10 @@ struct OnlineSoftmax {
       for (int half = 0; half < 2; ++half) maximum[m][half] = -INFINITY, sum[m][half] = 0.0f;
   }
 
-  // Scores to weights; what was summed so far (out, too) is scaled to the new maximum.
-  template <int N, int COLUMNS>
-  __device__ void update(float (&s)[M][N][4], float (&out)[M][COLUMNS][4], float factor) {
+  // Scores to weights. `decay` is what sums so far must be multiplied by, as this one's are: they are relative to
+  // the new maximum.
+  template <int N>
+  __device__ void weigh(float (&s)[M][N][4], float (&decay)[M][2], float factor) {
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -100,7 +113,7 @@ struct OnlineSoftmax {
         for (int n = 0; n < N; ++n) largest = fmaxf(largest, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
         largest = quad_max(largest);
         const float base = largest == -INFINITY ? 0.0f : largest * factor;
-        const float decay = exp2_approximately(maximum[m][half] * factor - base);
+        decay[m][half] = exp2_approximately(maximum[m][half] * factor - base);
         maximum[m][half] = largest;
         float added = 0.0f;
 #pragma unroll
@@ -111,11 +124,32 @@ struct OnlineSoftmax {
             added += s[m][n][i];
           }
         }
-        sum[m][half] = fmaf(sum[m][half], decay, added);
+        sum[m][half] = fmaf(sum[m][half], decay[m][half], added);
+      }
+    }
+  }
+
+  template <int COLUMNS>
+  __device__ static void scale(float (&out)[M][COLUMNS][4], const float (&decay)[M][2]) {
 #pragma unroll
-        for (int n = 0; n < COLUMNS; ++n) {
-          out[m][n][2 * half] *= decay;
-          out[m][n][2 * half + 1] *= decay;
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int n = 0; n < COLUMNS; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[m][n][i] *= decay[m][i / 2];
+  }
+
+  // What the result must be multiplied by, and lse of the rows below `valid`; lse is that of this warp's first row.
+  __device__ void finish(float (&inverse)[M][2], float* lse, int valid, float factor, int lane) const {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float total = quad_sum(sum[m][half]);
+        const int row = 16 * m + 8 * half + lane / 4;
+        inverse[m][half] = total == 0.0f ? 0.0f : 1.0f / total;
+        if (lane % 4 == 0 && row < valid) {
+          lse[row] = total == 0.0f ? -INFINITY : (maximum[m][half] * factor + log2f(total)) / LOG2E;
         }
       }
     }

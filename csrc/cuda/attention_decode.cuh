@@ -109,7 +109,9 @@ __global__ void __launch_bounds__(WARPS * 32)
           if (key < low[i / 2] || key >= high[i / 2]) s[0][n][i] = -INFINITY;
         }
       }
-      softmax.update(s, out, scores.factor);
+      float decay[1][2];
+      softmax.weigh(s, decay, scores.factor);
+      softmax.scale(out, decay);
       multiply_columns<T, D>(out, s, left_base<D>(stage + Shape::TILE_BYTES, lane));
     }
     __syncwarp();  // all lanes have read the stage that the next round's copy overwrites

@@ -46,6 +46,10 @@ int swiglu_backward(const GatedBackward& op, Stream stream);
 
 size_t attention_forward_workspace(const AttentionForward& op);
 int attention_forward(const AttentionForward& op, void* workspace, Stream stream);
+// The forward pass on a GPU of compute capability 9.0, which the above calls where it fits: maps of tensors know no
+// strides of 0. `p` is one that the contract lets through.
+bool attention_fits_sm90(const AttentionProblem& p);
+int attention_forward_sm90(const AttentionForward& op, Stream stream);
 size_t attention_backward_workspace(const AttentionBackward& op);
 int attention_backward(const AttentionBackward& op, void* workspace, Stream stream);
 

@@ -87,8 +87,9 @@ __device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
   }
 }
 
-// Where a lane reads of a tile: the address of depth step k is base ^ (k << 5), of 16 rows further down a constant
-// more. `left`: operand A, or B by rows of its own, transposed. `right`: B by columns, which are the tile's rows.
+// Where a lane reads of a tile: the address of depth step k is base ^ (k << 5), of 16 rows further down, or of another
+// tile, a constant `offset` more, which takes no register. `left`: operand A, or B by rows of its own, transposed.
+// `right`: B by columns, which are the tile's rows.
 template <int D>
 __device__ uint32_t left_base(uint32_t tile, int lane) {
   return tile + Tile<D>::at(lane & 15, lane >> 4);
@@ -104,14 +105,14 @@ __device__ constexpr uint32_t rows_down(int rows) {
 
 // 16 * M rows of a tile as operand A, for one step of 16 along D.
 template <int D, int M>
-__device__ void load_left(uint32_t (&a)[M][4], uint32_t base, int k) {
+__device__ void load_left(uint32_t (&a)[M][4], uint32_t base, int k, uint32_t offset = 0) {
 #pragma unroll
-  for (int m = 0; m < M; ++m) load_matrices(a[m], (base ^ uint32_t(k << 5)) + rows_down<D>(16 * m));
+  for (int m = 0; m < M; ++m) load_matrices(a[m], (base ^ uint32_t(k << 5)) + (rows_down<D>(16 * m) + offset));
 }
 
 // c (16 M x 8 N) += a b^T over D, a (rows of a tile at left_base) and b (8 N rows of a tile at right_base).
 template <typename T, int D, int M, int N, typename Left>
-__device__ void multiply_rows(float (&c)[M][N][4], Left left, uint32_t b) {
+__device__ void multiply_rows(float (&c)[M][N][4], Left left, uint32_t b, uint32_t offset = 0) {
 #pragma unroll
   for (int k = 0; k < D / 16; ++k) {
     uint32_t a[M][4];
@@ -119,12 +120,36 @@ __device__ void multiply_rows(float (&c)[M][N][4], Left left, uint32_t b) {
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
       uint32_t r[4];
-      load_matrices(r, (b ^ uint32_t(k << 5)) + rows_down<D>(8 * n));
+      load_matrices(r, (b ^ uint32_t(k << 5)) + (rows_down<D>(8 * n) + offset));
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         multiply_add<T>(c[m][n], a[m], r[0], r[1]);
         multiply_add<T>(c[m][n + 1], a[m], r[2], r[3]);
       }
+    }
+  }
+}
+
+// Two neighbours of a row of accumulators, rounded, as operand A.
+template <typename T>
+__device__ void pack_left(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
+  a[0] = pack<T>(left[0], left[1]);
+  a[1] = pack<T>(left[2], left[3]);
+  a[2] = pack<T>(right[0], right[1]);
+  a[3] = pack<T>(right[2], right[3]);
+}
+
+// c (16 M x 8 C) += a b over 16 rows of a tile at left_base: its first 8 C columns, or those that `b` starts at.
+template <typename T, int D, int M, int C>
+__device__ void multiply_step(float (&c)[M][C][4], const uint32_t (&a)[M][4], uint32_t b, uint32_t offset) {
+#pragma unroll
+  for (int k = 0; k < C / 2; ++k) {
+    uint32_t r[4];
+    load_matrices_transposed(r, (b ^ uint32_t(k << 5)) + offset);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      multiply_add<T>(c[m][2 * k], a[m], r[0], r[1]);
+      multiply_add<T>(c[m][2 * k + 1], a[m], r[2], r[3]);
     }
   }
 }
@@ -136,55 +161,52 @@ __device__ void multiply_columns(float (&c)[M][D / 8][4], const float (&p)[M][N]
   for (int n = 0; n < N; n += 2) {
     uint32_t a[M][4];
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
-      a[m][0] = pack<T>(p[m][n][0], p[m][n][1]);
-      a[m][1] = pack<T>(p[m][n][2], p[m][n][3]);
-      a[m][2] = pack<T>(p[m][n + 1][0], p[m][n + 1][1]);
-      a[m][3] = pack<T>(p[m][n + 1][2], p[m][n + 1][3]);
-    }
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k) {
-      uint32_t r[4];
-      load_matrices_transposed(r, (b ^ uint32_t(k << 5)) + rows_down<D>(8 * n));
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-        multiply_add<T>(c[m][2 * k], a[m], r[0], r[1]);
-        multiply_add<T>(c[m][2 * k + 1], a[m], r[2], r[3]);
-      }
-    }
+    for (int m = 0; m < M; ++m) pack_left<T>(a[m], p[m][n], p[m][n + 1]);
+    multiply_step<T, D>(c, a, b, rows_down<D>(8 * n));
   }
 }
 
-// c, times a factor for each of a lane's rows, rounded, into rows of a tile that this warp alone uses.
-template <typename T, int D, int M>
-__device__ void store_tile(uint32_t tile, const float (&c)[M][D / 8][4], const float (&factor)[M][2], int lane) {
+// c, times a factor for each of a lane's rows, rounded, into rows of a tile that this warp alone uses, from 16-byte
+// piece `first` on.
+template <typename T, int D, int M, int C>
+__device__ void store_tile(uint32_t tile, const float (&c)[M][C][4], const float (&factor)[M][2], int lane,
+                           int first = 0) {
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
+    for (int n = 0; n < C; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t pair = pack<T>(c[m][n][2 * half] * factor[m][half], c[m][n][2 * half + 1] * factor[m][half]);
-        const uint32_t address = tile + Tile<D>::at(16 * m + 8 * half + lane / 4, n) + uint32_t(lane % 4) * 4;
+        const uint32_t address = tile + Tile<D>::at(16 * m + 8 * half + lane / 4, first + n) + uint32_t(lane % 4) * 4;
         asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(pair) : "memory");
       }
     }
   }
 }
 
-// Rows [0, ROWS) of a tile to rows `stride` elements apart, those below `valid`, by the lanes of a warp.
-template <typename T, int D, int ROWS>
-__device__ void write_tile(uint32_t tile, T* to, int64_t stride, int valid, int lane) {
+__device__ inline void load_pieces(uint32_t (&v)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ inline void store_pieces(uint32_t address, const uint32_t (&v)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+
+// Rows [0, ROWS) of a tile, their pieces [first, first + PIECES), to rows `stride` elements apart, those below `valid`,
+// by the lanes of a warp.
+template <typename T, int D, int ROWS, int PIECES = Tile<D>::PIECES>
+__device__ void write_tile(uint32_t tile, T* to, int64_t stride, int valid, int lane, int first = 0) {
 #pragma unroll
-  for (int i = lane; i < ROWS * Tile<D>::PIECES; i += 32) {
-    const int row = i / Tile<D>::PIECES, piece = i % Tile<D>::PIECES;
+  for (int i = lane; i < ROWS * PIECES; i += 32) {
+    const int row = i / PIECES, piece = first + i % PIECES;
     if (row >= valid) continue;
-    uint4 v;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(tile + Tile<D>::at(row, piece))
-                 : "memory");
-    *reinterpret_cast<uint4*>(to + row * stride + piece * 8) = v;
+    uint32_t v[4];
+    load_pieces(v, tile + Tile<D>::at(row, piece));
+    store_vector(to + row * stride + piece * 8, reinterpret_cast<const Vector<T>&>(v));
   }
 }
 

@@ -85,7 +85,22 @@ class Traffic:
 
 def traffic(name: str) -> dict[str, Traffic]:
     """By mangled name, each kernel of the op that a bfloat16 call and its gradient launch."""
-    op, library = REGISTRY[name], simulated_ops.library_of(name)
+    found: dict[str, Traffic] = {}
+    for capability in capabilities(name):
+        # A kernel that both run is counted once.
+        found = count_traffic(name, capability) | found
+    return found
+
+
+def capabilities(name: str) -> list[int]:
+    """Of the GPUs that have kernels of their own for this op, 80 first."""
+    own = [nvcc.own_target(source) for source in simulated_ops.sources_of(name)]
+    small = [89] if name == "attention" else []  # of little shared memory
+    return [80, *small, *sorted({int(target.rstrip("a")) for target in own if target})]
+
+
+def count_traffic(name: str, capability: int) -> dict[str, Traffic]:
+    op, library = REGISTRY[name], simulated_ops.library_of(name, capability=capability)
     library.options = {"statistics": True}
     for sample in samples_of(name):
         args, options = sample.cast(BF16, "cpu")
@@ -126,6 +141,8 @@ class Facts:
     @property
     def name(self) -> str:
         width = " D=64" if "Li64E" in self.kernel else " D=128" if "Li128E" in self.kernel else ""
+        if "backward_keys" in self.kernel and "Li128ELi1E" in self.kernel:
+            width += " small"  # for GPUs with less shared memory
         return simulated.plain_name(self.kernel).removesuffix("_kernel") + width
 
     @property
@@ -158,11 +175,58 @@ class Facts:
             f"{self.traffic.conflicts} bank conflicts, {self.traffic.coalescing:.0%} coalesced"
         )
 
+    def shortcomings(self) -> Iterator[str]:
+        """What a fast kernel would not have, with the reason where there is one."""
+        ops, plain = self.loop.opcodes, simulated.plain_name(self.kernel)
+        bound = Issue.of(self.loop.always).bound()
+        found = {
+            "local": count(ops, "LDL", "STL"),
+            "atomic": count(ops, "ATOM", "ATOMG", "RED"),
+            "bound": count(ops, *machine_code.TENSOR) > 0 and bound != "tensor",
+            "narrow": machine_code.narrow_accesses(ops),
+            "conflicts": self.traffic.conflicts,
+            "coalescing": self.traffic.coalescing < 1.0,
+        }
+        texts = {
+            "local": f"{found['local']} accesses of local memory in the loop",
+            "atomic": f"{found['atomic']} atomics in the loop",
+            "bound": f"the tensor cores wait for: {bound}",
+            "narrow": f"{found['narrow']} global accesses of less than 128 bits",
+            "conflicts": f"{found['conflicts']} bank conflicts",
+            "coalescing": f"{self.traffic.coalescing:.0%} coalesced",
+        }
+        for what, holds in found.items():
+            if holds:
+                reason = REASONS.get((what, self.name)) or REASONS.get((what, plain), "no reason")
+                yield f"{texts[what]} ({reason})"
+
+
+ROW_VALUES = "single floats of rows, beside the tensors"
+REASONS = {
+    ("bound", "attention_decode_kernel"): "it is bound by memory: K and V are read once",
+    (
+        "bound",
+        "attention_forward_sm90 D=64",
+    ): "one exponential for 4 D operations, as H100 has them",
+    ("bound", "attention_backward_keys D=128 small"): "for GPUs of little shared memory: 16 keys "
+    "a warp, so that an ldmatrix feeds 2 products",
+    ("narrow", "attention_backward_keys_kernel"): "lse and delta, a float of each row",
+    ("narrow", "attention_delta_kernel"): ROW_VALUES,
+    ("narrow", "attention_combine_kernel"): "float32 parts of few rows",
+    ("narrow", "sum_partials_kernel"): "one sum for each column, over rows of float32",
+    ("narrow", "cross_entropy_sum_kernel"): ROW_VALUES,
+    ("narrow", "count_targets_kernel"): ROW_VALUES,
+    ("coalescing", "norm_backward_kernel"): "float32 sums beside 16-bit rows: two accesses each",
+}
+"""By shortcoming, and kernel or kernel with its width."""
+
 
 def facts(name: str, targets: list[int]) -> Iterator[Facts]:
     counted = traffic(name)
     for target in targets:
-        for source in simulated_ops.BINDINGS[name].sources or (name,):
+        for source in simulated_ops.sources_of(name):
+            if nvcc.own_target(source) not in (None, f"{target}a"):
+                continue
             cubin = nvcc.cubin(source, target)
             code, used = machine_code.functions(cubin), machine_code.resources(cubin)
             for kernel in counted:
@@ -170,6 +234,10 @@ def facts(name: str, targets: list[int]) -> Iterator[Facts]:
                     loop = machine_code.hot_loop(code[kernel])
                     yield Facts(kernel, target, used[kernel], loop, counted[kernel])
 
+
+PRODUCTS = """static: attention's backward pass has 7 products, 7/2 of the forward pass's tensor
+instructions, where 5 would do: both of its kernels compute scores and weights, so that no block
+waits for another and dq is the same bits each time (csrc/cuda/attention_backward.cu says more)"""
 
 # Real shapes: what is moved and computed at least, in bytes and operations.
 ROWS, WIDTH, CLASSES, LENGTH, HEADS, D = 8192, 4096, 128256, 4096, 32, 128
@@ -214,6 +282,10 @@ def main() -> None:
     for name in options.ops:
         for line in facts(name, options.targets):
             print(line, flush=True)
+            for shortcoming in line.shortcomings():
+                print(f"    does not hold: {shortcoming}", flush=True)
+    if "attention" in options.ops:
+        print(PRODUCTS)
     print("static: the least time that data sheets allow at real shapes, in bfloat16")
     for line in rooflines():
         print(line)

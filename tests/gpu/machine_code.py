@@ -248,7 +248,8 @@ def occupancy(registers: int, shared: int, threads: int, machine: Machine) -> in
 
 @dataclass(frozen=True)
 class Issue:
-    """Cycles of a scheduler that one warp's turn of a loop keeps each unit of an A100 busy for."""
+    """Cycles of a scheduler that one warp's turn of a loop keeps each unit busy for: of an A100, or
+    of an H100 where there is wgmma, which an A100 lacks."""
 
     tensor: int
     shared: int
@@ -259,15 +260,29 @@ class Issue:
     @classmethod
     def of(cls, opcodes: Counter[str]) -> Issue:
         """m16n8k16 is 2048 multiply-adds at 256 a cycle; ldmatrix x4 moves 512 bytes at 128 a
-        cycle, for the 4 schedulers in turn; 4 lanes do exponentials, 16 float32."""
+        cycle, for the 4 schedulers in turn; 4 lanes do exponentials, 16 float32.
+
+        m64nNk16 is 16 N k multiply-adds for each of 4 schedulers at 512 a cycle, and reads N rows,
+        and perhaps 64 of operand A, of 32 bytes; 32 lanes do float32."""
+        widths = [
+            (int(found.group(1)), n)
+            for op, n in opcodes.items()
+            if (found := re.match(r"HGMMA\.64x(\d+)x16", op))
+        ]
         matrices = sum(
             n for op, n in opcodes.items() if op.startswith("LDSM") and op.endswith(".4")
         )
         return cls(
-            tensor=8 * count(opcodes, "HMMA"),
-            shared=16 * matrices + 4 * count(opcodes, "LDS", "STS"),
+            tensor=8 * count(opcodes, "HMMA") + sum(n * width // 2 for width, n in widths),
+            shared=16 * matrices
+            + sum(
+                n * bits_of(op) // 8
+                for op, n in opcodes.items()
+                if op.split(".")[0] in ("LDS", "STS")
+            )
+            + sum(n * (width + 64) // 4 for width, n in widths),
             exponential=8 * count(opcodes, "MUFU"),
-            fp32=2 * count(opcodes, *FP32),
+            fp32=(1 if widths else 2) * count(opcodes, *FP32),
             slots=sum(opcodes.values()),
         )
 

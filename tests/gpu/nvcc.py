@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -89,9 +90,17 @@ class Host:
     ptx: str
 
 
+def own_target(name: str) -> str | None:
+    """The one target that a source is for, where its name says so: 90a of attention_sm90."""
+    found = re.search(r"_sm(\d+)$", name)
+    return f"{found.group(1)}a" if found else None
+
+
 def host(name: str, edits: Sequence[Edit] = ()) -> Host:
-    """Host code and PTX for sm_80 in one run of the compiler; no machine code is made."""
-    flags = ["-arch=compute_80", "-code=compute_80", "-keep", "-Xcompiler", "-fPIC"]
+    """Host code and PTX for sm_80, or the source's own target, in one run of the compiler; no
+    machine code is made."""
+    target = f"compute_{own_target(name) or 80}"
+    flags = [f"-arch={target}", f"-code={target}", "-keep", "-Xcompiler", "-fPIC"]
     folder = compile_once(name, "host", edits, [*flags, "-c", "-o", "host.o"])
     return Host(folder / "host.o", (folder / f"{name}.ptx").read_text())
 
@@ -104,7 +113,8 @@ def hosts(chosen: Sequence[str], edits: Sequence[Edit] = ()) -> dict[str, Host]:
 
 def cubin(name: str, capability: int) -> Path:
     """Machine code for sm_<capability>; the file `log` beside it holds what ptxas said."""
-    flags = [f"-arch=sm_{capability}", "-Xptxas", "-v", "-cubin", "-o", "code.cubin"]
+    target = own_target(name) or str(capability)
+    flags = [f"-arch=sm_{target}", "-Xptxas", "-v", "-cubin", "-o", "code.cubin"]
     return compile_once(name, "cubin", (), flags) / "code.cubin"
 
 

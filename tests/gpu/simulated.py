@@ -51,9 +51,11 @@ def record(kernel: str, stats: ptxsim.Stats) -> None:
 
 
 class Library:
-    """The launchers of some ops, linked with the runtime that simulates."""
+    """The launchers of some ops, linked with the runtime that simulates a GPU of a capability."""
 
-    def __init__(self, ops: Sequence[str], edits: Sequence[nvcc.Edit] = ()) -> None:
+    def __init__(
+        self, ops: Sequence[str], edits: Sequence[nvcc.Edit] = (), capability: int = 80
+    ) -> None:
         hosts = nvcc.hosts(ops, edits)
         self.texts = [host.ptx for host in hosts.values()]
         self.modules: dict[str, ptxsim.Module] = {}
@@ -71,7 +73,7 @@ class Library:
         self.memory = Memory()
         self._failure: BaseException | None = None
         self._simulate = SIMULATE(self._run)  # kept alive: C calls it
-        self.library.set_simulator(self._simulate)
+        self.capability = capability
 
     def _module(self, kernel: str) -> ptxsim.Module:
         if kernel not in self.modules:
@@ -107,6 +109,8 @@ class Library:
 
     def call(self, function: str, struct: str, fields: dict[str, Any], *, scratch: bool) -> None:
         """function(struct(fields), scratch memory if it takes some, stream); raises its fault."""
+        # Each time: another Library of the same launchers shares the code, and so its variables.
+        self.library.set_simulator(self._simulate, self.capability)
         op = native_structs.struct(struct)()
         fill(op, fields)
         kind = f"RKNS_{len(struct)}{struct}E"
@@ -176,7 +180,8 @@ class Memory:
         _, buffer = self.fresh(extent * tensor.itemsize, name, skew)
         place = torch.from_numpy(buffer).view(tensor.dtype)
         copy = place.as_strided(tensor.shape, tensor.stride()) if extent else tensor
-        copy.copy_(tensor)
+        once = tuple(slice(0, 1) if s == 0 else slice(None) for s in tensor.stride())
+        copy[once].copy_(tensor[once])
         locked = buffer.view()
         locked.flags.writeable = False
         self.allocations[-1] = (self.allocations[-1][0], locked, name)

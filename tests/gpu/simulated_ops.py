@@ -305,14 +305,19 @@ BINDINGS = {
         Attention,
         "with_contract_arguments",
         "attention_native",
-        ("attention", "attention_backward"),
+        ("attention", "attention_sm90", "attention_backward"),
     ),
 }
 
 
-def library_of(name: str, *edits: nvcc.Edit) -> Library:
+def sources_of(name: str) -> tuple[str, ...]:
+    """The files of csrc/cuda that hold the op's kernels."""
+    return BINDINGS[name].sources or (name,)
+
+
+def library_of(name: str, *edits: nvcc.Edit, capability: int = 80) -> Library:
     """The op's launchers, of sources as they are or edited."""
-    return Library(BINDINGS[name].sources or (name,), edits)
+    return Library(sources_of(name), edits, capability)
 
 
 def candidate(library: Library, name: str) -> Candidate:

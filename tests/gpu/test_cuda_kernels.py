@@ -15,7 +15,7 @@ import ptxsim
 import pytest
 import simulated_ops
 import torch
-from simulated import Library, instructions
+from simulated import Library, instructions, launches
 
 from llmcore import dispatch
 from llmcore.dispatch import REGISTRY
@@ -33,8 +33,7 @@ OFTEN = ("rms_norm", "add_layer_norm", "softmax", "cross_entropy", "rope", "swig
 def library(often: bool) -> Library:
     """The launchers of the ops of the default run, or of the others: compiled together."""
     names = [name for name in simulated_ops.BINDINGS if (name in OFTEN) == often]
-    sources = [simulated_ops.BINDINGS[name].sources or (name,) for name in names]
-    return Library(sum(sources, ()))
+    return Library(sum(map(simulated_ops.sources_of, names), ()))
 
 
 def options(**given: Any) -> dict[str, Any]:
@@ -51,6 +50,7 @@ ATTENTION = {
     "more_queries_than_keys": ((1, 1, 1, 40, 9, 64), options(causal=True)),
     "lengths": ((2, 2, 2, 40, 90, 64), options(causal=True, kv_lengths=torch.tensor([0, 70]))),
     "offsets": ((2, 2, 2, 40, 90, 64), options(causal=True, q_offset=torch.tensor([3, -70]))),
+    "long": ((1, 1, 1, 30, 400, 64), options(kv_lengths=torch.tensor([390]))),
     "decode": ((2, 6, 2, 1, 70, 64), options()),
     "decode_split": ((1, 8, 2, 2, 1100, 128), options(causal=True, softcap=9.0)),
 }
@@ -66,6 +66,7 @@ def attention_samples() -> list[Sample]:
 
 
 SLOW = pytest.mark.slow
+QUICK_SM90 = ("long",)
 QUICK = ("one_block", "causal_128", "softcap_window", "lengths", "decode")
 
 
@@ -78,6 +79,49 @@ def test_cuda_kernels_attention(record_property) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_cuda_kernels_attention_every_option(dtype: str, record_property) -> None:
     hold("attention", dtype, attention_samples(), record_property)
+
+
+@cache
+def library_sm90() -> Library:
+    return simulated_ops.library_of("attention", capability=90)
+
+
+def hold_sm90(dtype: str, samples: list[Sample], record_property: Any) -> None:
+    before = launches["attention_forward_sm90_kernel"]
+    hold("attention", dtype, samples, record_property, library_sm90())
+    assert launches["attention_forward_sm90_kernel"] > before
+
+
+def test_cuda_kernels_attention_sm90(record_property) -> None:
+    """Where the GPU's compute capability is 9.0 another kernel does the forward pass."""
+    samples = [sample for sample in attention_samples() if sample.name in QUICK_SM90]
+    hold_sm90("bfloat16", samples, record_property)
+
+
+@SLOW
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_cuda_kernels_attention_sm90_every_option(dtype: str, record_property) -> None:
+    hold_sm90(dtype, attention_samples(), record_property)
+
+
+@SLOW
+def test_cuda_kernels_attention_little_shared_memory(record_property) -> None:
+    """Where a block may have 99 KB only, another kernel does the keys' gradients at width 128."""
+    samples = [sample for sample in attention_samples() if sample.name == "causal_128"]
+    launchers = simulated_ops.library_of("attention", capability=89)
+    hold("attention", "bfloat16", samples, record_property, launchers)
+    assert any("keys_kernelI13__nv_bfloat16Li128ELi1E" in kernel for kernel in launchers.geometry)
+
+
+@SLOW
+def test_cuda_kernels_attention_sm90_only_where_it_fits() -> None:
+    """A tensor map knows no stride of 0: keys that heads share by one go to the other kernel."""
+    draw = Draw(2)
+    q, k = draw.normal(1, 2, 20, 64).bfloat16(), draw.normal(1, 1, 40, 64).bfloat16()
+    before = launches.copy()
+    with simulated_ops.installed(library_sm90(), "attention"), dispatch.use("cuda"):
+        REGISTRY["attention"].function(q, k.expand(1, 2, 40, 64), k.expand(1, 2, 40, 64))
+    assert (launches - before).keys() == {"attention_forward_kernel"}
 
 
 ROW_WISE = [name for name in simulated_ops.BINDINGS if name != "attention"]
@@ -105,11 +149,17 @@ def test_cuda_kernels_attention_sweep(dtype: str, seed: int, record_property) ->
     hold("attention", dtype, list(REGISTRY["attention"].samples(Draw(seed))), record_property)
 
 
-def hold(name: str, dtype: str, samples: list[Sample], record_property: Any) -> None:
+def hold(
+    name: str,
+    dtype: str,
+    samples: list[Sample],
+    record_property: Any,
+    launchers: Library | None = None,
+) -> None:
     """Results and gradients of the op's CUDA kernels within the yardstick, on all these."""
     op = REGISTRY[name]
     before = instructions.copy()
-    with simulated_ops.installed(library(name in OFTEN), name):
+    with simulated_ops.installed(launchers or library(name in OFTEN), name):
         line = verify_backend(op, "cuda", getattr(torch, dtype), samples)
     record_property("simulated", f"{name}/cuda/{line.samples}")
     for kernel, count in (instructions - before).items():
@@ -128,13 +178,29 @@ class Fault:
     new: str
     caught: tuple[type[ptxsim.KernelFault], ...] | None
     shapes: tuple[tuple[int, ...], ...]
+    kv_length: int | None = None
+
+    @property
+    def capability(self) -> int:
+        return 90 if self.file in ("attention_sm90.cu", "warpgroup.cuh") else 80
 
 
 ROWS = ((3, 64), (3, 64))
 HEADS = ((1, 1, 140, 64),) * 3
+MANY_KEYS = ((1, 1, 40, 64), (1, 1, 500, 64), (1, 1, 500, 64))
+HAZARDS = (ptxsim.AsyncCopyHazard, ptxsim.RaceHazard, ptxsim.UninitialisedRead)
 LOOP_BARRIER = (
     "__syncthreads();  // this block's keys are there, and no warp reads the last one's any more"
 )
+LAST_WAIT = "    wait_products<0>();\n    hold(out[0]);\n  }\n"
+VALUES_USED = """      wait_products<0>();
+      hold(out[0]);
+      release(at.v_empty(stage_of(block - 1)));
+"""
+GIVEN_BACK_EARLY = """      release(at.v_empty(stage_of(block - 1)));
+      wait_products<0>();
+      hold(out[0]);
+"""
 FAULTS = {
     "missing_barrier": Fault(
         *("softmax", "reduce.cuh", "  __syncthreads();\n", ""),
@@ -162,6 +228,53 @@ FAULTS = {
     "mask_off_by_one": Fault(
         *("attention", "attention.cuh", "ahead <= right &&", "ahead <= right + 1 &&"), None, HEADS
     ),
+    "keys_not_waited_for": Fault(
+        *("attention", "attention_sm90.cu"),
+        *("    wait(at.k_full(stage_of(block)), parity_of(block));\n", "", HAZARDS, MANY_KEYS),
+    ),
+    "stage_not_empty": Fault(
+        *("attention", "attention_sm90.cu"),
+        *("    wait(at.v_empty(stage), emptied);\n", "", (*HAZARDS, ptxsim.BarrierError)),
+        MANY_KEYS,
+    ),
+    "stage_given_back_early": Fault(
+        *("attention", "attention_sm90.cu", VALUES_USED, GIVEN_BACK_EARLY),
+        *(HAZARDS, MANY_KEYS),
+    ),
+    "zeros_not_fenced": Fault(
+        *(
+            "attention",
+            "attention_sm90.cu",
+            "    fence_async();\n    __syncwarp();",
+            "__syncwarp();",
+        ),
+        *(HAZARDS[:1], MANY_KEYS, 450),
+    ),
+    "barriers_not_fenced": Fault(
+        *("attention", "attention_sm90.cu", "    }\n    fence_async();\n  }", "    }\n  }"),
+        *(HAZARDS[:1], MANY_KEYS),
+    ),
+    "product_not_waited_for": Fault(
+        *("attention", "attention_sm90.cu", LAST_WAIT, "  }\n", HAZARDS, MANY_KEYS),
+    ),
+    "registers_not_fenced": Fault(
+        *("attention", "attention_sm90.cu", "    hold(s[0]);\n    fence_products();\n"),
+        *("", HAZARDS[:1], MANY_KEYS),
+    ),
+    "too_few_bytes_expected": Fault(
+        *("attention", "attention_sm90.cu", "Shape::PANELS * panel_bytes);", "panel_bytes / 2);"),
+        *((*HAZARDS, ptxsim.BarrierError), MANY_KEYS),
+    ),
+    "wrong_swizzle": Fault(
+        *(
+            "attention",
+            "warpgroup.cuh",
+            "uint64_t(1) << 62",
+            "uint64_t(2) << 62",
+            HAZARDS,
+            MANY_KEYS,
+        ),
+    ),
 }
 
 QUICK_FAULTS = ("missing_barrier", "row_bound_off_by_one")
@@ -176,10 +289,14 @@ def test_cuda_kernels_planted_fault(name: str, record_property) -> None:
     fault = FAULTS[name]
     op = REGISTRY[fault.op]
     draw = Draw(0)
-    given = {"causal": True} if fault.op == "attention" else {}
+    given: dict[str, Any] = {"causal": True} if fault.op == "attention" else {}
+    if fault.kv_length is not None:
+        given["kv_lengths"] = torch.tensor([fault.kv_length])
     sample = Sample(name, tuple(draw.normal(*shape) for shape in fault.shapes), given)
     dtype = torch.bfloat16
-    broken = Library([fault.op], [nvcc.Edit(fault.file, fault.old, fault.new)])
+    sources = [s for s in simulated_ops.sources_of(fault.op) if "backward" not in s]
+    edit = nvcc.Edit(fault.file, fault.old, fault.new)
+    broken = Library(sources, [edit], fault.capability)
     args, keywords = sample.cast(dtype, "cpu")
     with simulated_ops.installed(broken, fault.op), dispatch.use("cuda"):
         if fault.caught is None:

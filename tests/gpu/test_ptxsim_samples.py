@@ -3,7 +3,12 @@ each report naming the right thread and source line."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import nvcc
@@ -228,10 +233,52 @@ def test_uninitialised_register():
 
 
 def test_unsupported_opcode_is_named():
-    module = ptxsim.load(ptx("wgmma.fence.sync.aligned;"))
-    assert "wgmma.fence.sync.aligned" in module.unsupported()[0]
-    with pytest.raises(ptxsim.UnsupportedInstruction, match=r"wgmma.*\n.*PTX line 7"):
+    module = ptxsim.load(ptx("tcgen05.fence.sync.aligned;"))
+    assert "tcgen05.fence.sync.aligned" in module.unsupported()[0]
+    with pytest.raises(ptxsim.UnsupportedInstruction, match=r"tcgen05.*\n.*PTX line 7"):
         module.launch("k", 1, 32, [np.zeros(1, np.int32)])
+
+
+HAND_OVER = """
+mov.u32 %r1, %tid.x; mov.b32 %r2, 1024; setp.ne.u32 %p1, %r1, 0;
+@%p1 bra AFTER; mbarrier.init.shared::cta.b64 [%r2], COUNT;
+AFTER: bar.sync 0; setp.lt.u32 %p1, %r1, 32; @%p1 bra GIVE;
+TAKE: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0; @!%p2 bra TAKE;
+shl.b32 %r3, %r1, 2; ld.shared.b32 %r4, [%r3+928]; bra END;
+GIVE: shl.b32 %r3, %r1, 2; st.shared.b32 [%r3+1056], %r1; ARRIVE
+END: ld.param.u64 %rd1, [out];
+"""
+ARRIVE = "mbarrier.arrive.shared::cta.b64 _, [%r2];"
+
+
+@pytest.mark.parametrize(
+    ("count", "arrive", "fault"),
+    [
+        (32, ARRIVE, None),
+        (33, ARRIVE, ptxsim.BarrierError),
+        (16, ARRIVE, ptxsim.BarrierError),
+        (32, ARRIVE + "st.shared.b32 [%r3+1056], %r3;", ptxsim.RaceHazard),
+    ],
+)
+def test_memory_barrier_hands_over(count, arrive, fault):
+    """One warp stores and arrives, another waits and loads."""
+    text = HAND_OVER.replace("COUNT", str(count)).replace("ARRIVE", arrive)
+    module, out = ptxsim.load(ptx(text)), np.zeros(1, np.int32)
+    with pytest.raises(fault) if fault else contextlib.nullcontext():
+        module.launch("k", 1, 64, [out], shared_bytes=256)
+
+
+def test_triton_products() -> None:
+    """wgmma, its operands laid out by Triton: along and across, in rows of 32, 64, 128 bytes."""
+    pytest.importorskip("triton")
+    script = nvcc.ROOT / "tests" / "gpu" / "samples" / "triton_product.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, str(script)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    lines = re.findall(r"(\d+) wgmma, error (\S+)", run.stdout)
+    assert len(lines) == 5
+    assert all(int(count) > 0 and float(error) < 1e-4 for count, error in lines), run.stdout
 
 
 def test_livelock_limit():

@@ -115,7 +115,14 @@ def _mov(instr: Instr, program: Program, _: int) -> Step:
 
         return pack
     read = program.reader(source, kind)
-    return lambda m: write(m, read(m), m.poison_of(slots))
+    target = program.slots_in(dest)
+
+    def move(m: Machine) -> None:
+        write(m, read(m), m.poison_of(slots))
+        if m.under_way and slots:
+            m.carry(target[0], slots[0])
+
+    return move
 
 
 @opcode("cvta")
@@ -141,9 +148,15 @@ def _isspacep(instr: Instr, program: Program, _: int) -> Step:
     return lambda m: write(m, (read(m) >= np.uint64(low)) & (read(m) < np.uint64(high)), None)
 
 
+@opcode("fence")
+def _fence(instr: Instr, program: Program, _: int) -> Step:
+    if instr.mods.isdisjoint({"async", "mbarrier_init"}) or "global" in instr.mods:
+        return _nothing(instr, program, _)
+    return lambda m: m.clocks.fence(m.lane_block[m.active], m.lane_warp[m.active])
+
+
 @opcode(
     "membar",
-    "fence",
     "prefetch",
     "prefetchu",
     "applypriority",

@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
-from . import matrix_instructions, memory_instructions, warp_instructions  # noqa: F401 (opcodes)
+from . import (  # noqa: F401 (opcodes)
+    instructions,
+    matrix_instructions,
+    memory_barriers,
+    memory_instructions,
+    warp_instructions,
+    warpgroup_instructions,
+)
 from .alu import ALU
 from .errors import LaunchError
 from .machine import Machine, Options

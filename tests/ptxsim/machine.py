@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from .errors import BarrierError, KernelFault, Livelock, UninitialisedRead
+from .errors import AsyncCopyHazard, BarrierError, KernelFault, Livelock, UninitialisedRead
 from .memory import Clocks, GlobalMemory, LocalMemory, SharedMemory
 from .parser import Instr
 from .stats import Stats
 
 if TYPE_CHECKING:
+    from .bulk_copies import Transfer
+    from .memory_barriers import Barriers
     from .program import Program
+    from .warpgroup_instructions import Product
 
 Array = np.ndarray
 Step = Callable[["Machine"], None]
@@ -109,6 +112,13 @@ class Machine:
         self.barriers: dict[int, Barrier] = {}
         self.copies: list[PendingCopy] = []
         self.copy_group = np.zeros(self.lanes, np.int64)
+        self.memory_barriers: Barriers = {}
+        self.sleeping: dict[int, Array] = {}  # who waits for an mbarrier, by where to go on
+        self.transfers: list[Transfer] = []
+        self.products: list[Product] = []
+        self.product_group = np.zeros(self.lanes, np.int64)
+        self.products_fenced = np.zeros(self.lanes, bool)
+        self.under_way: dict[int, Array] = {}  # results of wgmma: by slot, each lane's group or -1
 
     # --- masks ----------------------------------------------------------------------------------
     def set_mask(self, mask: Array) -> None:
@@ -148,6 +158,8 @@ class Machine:
         """Write the active lanes of a register; ``poison`` marks undefined results."""
         if self.low_half:
             self.low_half.pop(slot, None)
+        if slot in self.under_way:
+            self.under_way[slot] = np.where(self.mask, -1, self.under_way[slot])
         if self.full:
             self.registers[slot] = value
             if poison is not None:
@@ -213,6 +225,45 @@ class Machine:
                 lane,
             )
 
+    # --- results of products under way ------------------------------------------------------------
+    def begin_product(self, slots: tuple[int, ...]) -> None:
+        """The active lanes' registers are written by a wgmma: undefined until it is waited for."""
+        for slot in slots:
+            before = self.under_way.get(slot, np.full(1, -1))
+            self.under_way[slot] = np.where(self.mask, self.product_group, before)
+
+    def is_under_way(self, slot: int) -> bool:
+        found = self.under_way.get(slot)
+        return found is not None and bool((found[self.mask] >= 0).any())
+
+    def carry(self, dest: int, source: int) -> None:
+        """A move, which the assembler removes, takes a result under way along."""
+        if source in self.under_way:
+            before = self.under_way.get(dest, np.full(1, -1))
+            self.under_way[dest] = np.where(self.mask, self.under_way[source], before)
+
+    def settle(self, limit: Array) -> None:
+        """Results of groups below each lane's limit are there."""
+        for slot, group in list(self.under_way.items()):
+            over = (group >= 0) & (group < limit)
+            if slot in self.undefined:
+                self.undefined[slot] = self.undefined[slot] & ~over
+                if not self.undefined[slot].any():
+                    del self.undefined[slot]
+            self.under_way[slot] = np.where(over, -1, group)
+            if (self.under_way[slot] < 0).all():
+                del self.under_way[slot]
+
+    def require_settled(self, instr: Instr, slots: tuple[int, ...], what: str) -> None:
+        """Fault if a register is undefined for another reason than a product under way."""
+        for slot in slots:
+            bad = self.undefined.get(slot)
+            if bad is not None:
+                bad = bad & self.mask & (self.under_way.get(slot, np.full(1, -1)) < 0)
+                if bad.any():
+                    text = f"{what} depends on an uninitialised register"
+                    self.fail(UninitialisedRead, instr, text, int(bad.argmax()))
+
     # --- reporting ------------------------------------------------------------------------------
     def thread_name(self, lane: int) -> str:
         bx, by, _ = self.grid
@@ -232,8 +283,28 @@ class Machine:
         waiting = self.pending.get(block)
         self.pending[block] = mask if waiting is None else waiting | mask
 
+    def sleep(self, block: int, mask: Array) -> None:
+        """Lanes wait for an mbarrier; they try again, at ``block``, when some phase is over."""
+        self.sleeping[block] = self.sleeping.get(block, False) | mask
+
+    def wake(self) -> None:
+        for block, mask in self.sleeping.items():
+            self.go(block, mask)
+        self.sleeping.clear()
+
+    def land(self) -> bool:
+        """Let the oldest bulk copy arrive; False if none is under way."""
+        if self.transfers:
+            self.transfers.pop(0).land(self)
+            return True
+        return False
+
     def retire(self, mask: Array) -> None:
         """End the lanes of ``mask``."""
+        for product in self.products:
+            if mask[product.access.lanes].any():
+                text = "the thread ends before its wgmma"
+                self.fail(AsyncCopyHazard, product.access.instr, text, int(product.access.lanes[0]))
         self.alive = self.alive & ~mask
         self.all_alive = False
         for barrier in list(self.barriers.values()):
@@ -290,7 +361,9 @@ class Machine:
         self.go(0, self.alive)
         blocks, steps = self.program.blocks, 0
         collect = self.options.statistics
-        while self.pending:
+        while self.pending or self.land():
+            if not self.pending:
+                continue
             at = min(self.pending)
             mask = self.pending.pop(at)
             self.set_mask(mask)
@@ -310,6 +383,10 @@ class Machine:
                     f"whose holder never runs?)\n  {block.instrs[-1].where if block.instrs else ''}"
                 )
         self.stats.issued += steps
+        if self.sleeping:
+            block, mask = next(iter(self.sleeping.items()))
+            text = f"{int(mask.sum())} threads wait forever for an mbarrier, this one among them"
+            self.fail(BarrierError, blocks[block].instrs[0], text, int(mask.argmax()))
         stuck = [n for n, b in self.barriers.items() if b.waiting.any()]
         if stuck:
             barrier = self.barriers[stuck[0]]

@@ -198,6 +198,7 @@ class Clocks:
 
     def __init__(self, blocks: int, warps: int) -> None:
         self.now = np.zeros((blocks, warps, warps), np.int32)
+        self.fenced = np.full((blocks, warps, warps), -1, np.int32)
         self.diagonal = np.arange(warps)
 
     def own(self, block: Array, warp: Array) -> Array:
@@ -208,6 +209,20 @@ class Clocks:
         self.now[:, self.diagonal, self.diagonal] += members
         joined = np.where(members[:, :, None], self.now, -1).max(axis=1)
         self.now = np.where(members[:, :, None], joined[:, None, :], self.now)
+
+    def release(self, blocks: Array, warps: Array) -> Array:
+        """What each of these warps has done so far, for others to acquire; (warps, all warps)."""
+        for block, warp in np.unique(np.stack([blocks, warps]), axis=1).T:
+            self.now[block, warp, warp] += 1
+        return self.now[blocks, warps]
+
+    def acquire(self, block: int, warps: Array, clock: Array) -> None:
+        self.now[block, warps] = np.maximum(self.now[block, warps], clock)
+
+    def fence(self, blocks: Array, warps: Array) -> None:
+        """``fence.proxy.async``: what these warps know of so far, copies and wgmma see."""
+        self.release(blocks, warps)
+        self.fenced[blocks, warps] = self.now[blocks, warps]
 
     def warp_sync(self, members: Array) -> None:
         """``bar.warp.sync``: orders the threads of a warp among themselves."""
@@ -230,6 +245,8 @@ class SharedMemory:
         self.written = np.zeros(count, bool)
         self.in_flight = np.zeros(count, bool)
         self.any_in_flight = False
+        self.being_read = np.zeros(count, np.int16)  # by how many pieces of products under way
+        self.by_thread = np.zeros(count, bool)  # written by a thread, not by a bulk copy
         if check_races:
             warps = clocks.now.shape[1]
             self.writer = np.full(count, NOBODY, np.int32)
@@ -295,6 +312,7 @@ class SharedMemory:
                     f"same shared bytes (offset {int(addr[clash.argmax()]) - SHARED_START})",
                 )
         self.written[cells] = True if undefined is None else ~undefined[:, None]
+        self.by_thread[cells] = True
 
     def atomic(
         self, access: Access, addr: Array, operands: list[Array], update: Callable[..., Array]
@@ -312,9 +330,12 @@ class SharedMemory:
         return atomic_update(self.bytes.view(dtype), offset // dtype.itemsize, operands, update)
 
     # --- asynchronous copies --------------------------------------------------------------------
-    def begin_copy(self, access: Access, addr: Array, nbytes: int) -> None:
+    def begin_copy(self, access: Access, addr: Array, nbytes: int, bulk: bool = False) -> None:
         """Mark the destination of a cp.async as in flight."""
         cells = self._granules(self._offsets(access, addr, nbytes), nbytes)
+        if bulk:
+            self._check_fenced(access, cells)
+            self.by_thread[cells] = False
         self._check_write(access, cells, np.zeros(addr.size, bool))
         self.in_flight[cells] = self.any_in_flight = True
 
@@ -327,6 +348,42 @@ class SharedMemory:
         self.in_flight[cells] = False
         self.any_in_flight = bool(self.in_flight.any())
         self.store(access, addr, values)
+
+    def land(self, access: Access, addr: Array, values: Array) -> None:
+        """Deliver a bulk copy, whose barrier makes it known."""
+        nbytes = values.shape[0] * values.dtype.itemsize
+        offset = self._offsets(access, addr, nbytes)
+        cells = self._granules(offset, nbytes)
+        view, index = self.bytes.view(values.dtype), offset // values.dtype.itemsize
+        for i, value in enumerate(values):
+            view[index + i] = value
+        self.in_flight[cells], self.written[cells] = False, True
+        self.any_in_flight = bool(self.in_flight.any())
+
+    # --- reads by products, which threads wait for ---------------------------------------------
+    def begin_read(
+        self, access: Access, addr: Array, dtype: np.dtype, vector: int
+    ) -> tuple[Array, Array | None, Array]:
+        """Like ``load``; the cells, too, stay in use until ``end_read``."""
+        nbytes = dtype.itemsize * vector
+        offset = self._offsets(access, addr, nbytes)
+        cells = self._granules(offset, nbytes)
+        self._check_written(access, cells)
+        self._check_fenced(access, cells)
+        np.add.at(self.being_read, cells, 1)
+        written = self.written[cells]
+        view, index = self.bytes.view(dtype), offset // dtype.itemsize
+        values = np.stack([view[index + i] for i in range(vector)])
+        return values, None if written.all() else ~written.all(axis=1), cells
+
+    def end_read(self, access: Access, cells: Array) -> None:
+        np.subtract.at(self.being_read, cells, 1)
+        if cells.size and self.check_races:
+            self._remember_read(access, cells)
+
+    def check_fenced(self, access: Access, addr: Array, nbytes: int) -> None:
+        """What a thread wrote there a bulk copy may use only behind a ``fence.proxy.async``."""
+        self._check_fenced(access, self._granules(self._offsets(access, addr, nbytes), nbytes))
 
     # --- checks ---------------------------------------------------------------------------------
     def _identity(self, access: Access) -> tuple[Array, Array, Array]:
@@ -360,10 +417,29 @@ class SharedMemory:
                 access.fail(
                     AsyncCopyHazard,
                     int(flying.argmax()),
-                    "shared bytes whose cp.async has not been waited for",
+                    "shared bytes whose asynchronous copy has not been waited for",
                 )
 
+    def _check_fenced(self, access: Access, cells: Array) -> None:
+        """Either the writer's fence or this thread's own stands between."""
+        if not self.check_races or not self.by_thread[cells].any():
+            return
+        block, warp, _ = self._identity(access)
+        writer, clock = np.maximum(self.writer[cells], 0) >> 5, self.write_clock[cells]
+        own = self.clocks.fenced[block, warp, writer] > clock
+        bad = self.by_thread[cells] & ~own & ~(self.clocks.fenced[block, writer, writer] > clock)
+        if bad.any():
+            lane, which = (int(v) for v in np.unravel_index(int(bad.argmax()), bad.shape))
+            offset = int(cells[lane, which]) * self.granule % self.stride
+            text = f"a thread wrote shared offset {offset}, with no fence.proxy.async since"
+            access.fail(AsyncCopyHazard, lane, text)
+
     def _check_read(self, access: Access, cells: Array) -> None:
+        self._check_written(access, cells)
+        if self.check_races:
+            self._remember_read(access, cells)
+
+    def _check_written(self, access: Access, cells: Array) -> None:
         self._check_flight(access, cells)
         if not self.check_races:
             return
@@ -376,6 +452,9 @@ class SharedMemory:
             )
             if bad.any():
                 self._fail_race(access, bad, writer, "reads", "written", cells)
+
+    def _remember_read(self, access: Access, cells: Array) -> None:
+        block, warp, thread = self._identity(access)
         clock = self.clocks.own(block, warp)
         previous = self.reader[cells, warp]
         shared = (self.read_clock[cells, warp] == clock) & (previous != thread)
@@ -389,6 +468,10 @@ class SharedMemory:
 
     def _check_write(self, access: Access, cells: Array, same: Array, atomic: bool = False) -> None:
         self._check_flight(access, cells)
+        busy = (self.being_read[cells] > 0).any(axis=1)
+        if busy.any():
+            text = "writes shared bytes that a wgmma under way reads"
+            access.fail(AsyncCopyHazard, int(busy.argmax()), text)
         if not self.check_races:
             return
         block, warp, thread = self._identity(access)

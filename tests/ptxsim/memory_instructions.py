@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .alu import unsupported
+from .bulk_copies import bulk_copy
 from .dtypes import Array, PtxType
 from .errors import OutOfBounds
 from .machine import Machine, PendingCopy, Step
@@ -168,6 +169,8 @@ def _atomic(instr: Instr, program: Program, _: int) -> Step:
 
 @opcode("cp")
 def _cp(instr: Instr, program: Program, block: int) -> Step:
+    if ("bulk" in instr.mods and "tensor" in instr.mods) or "shared::cluster" in instr.mods:
+        return bulk_copy(instr, program)
     if instr.parts[1] != "async" or instr.mods & {"bulk", "mbarrier", "reduce"}:
         raise unsupported(instr)
     if "commit_group" in instr.mods:

@@ -19,6 +19,16 @@ Reader = Callable[[Machine], Array]
 Writer = Callable[[Machine, Array, Array | None], None]
 ENDS_BLOCK = {"bra", "ret", "exit", "bar", "barrier", "trap"}
 
+
+def waits(instr: Instr) -> bool:
+    """Whether threads may go on at this instruction itself, later."""
+    return instr.op == "mbarrier" and instr.parts[1] in ("try_wait", "test_wait")
+
+
+def ends_block(instr: Instr) -> bool:
+    return instr.op in ENDS_BLOCK or waits(instr)
+
+
 _COORDINATES: dict[str, Callable[[Machine, int], Array]] = {
     "tid": lambda m, axis: m.lane_thread // int(np.prod(m.block[:axis])) % m.block[axis],
     "ctaid": lambda m, axis: m.ctaid // int(np.prod(m.grid[:axis])) % m.grid[axis],
@@ -78,7 +88,7 @@ class BasicBlock:
             from .instructions import compile_instruction
 
             self._steps = [compile_instruction(i, program, self.index) for i in self.instrs]
-            if not self.instrs or self.instrs[-1].op not in ENDS_BLOCK:
+            if not self.instrs or not ends_block(self.instrs[-1]):
                 following = self.index + 1
                 self._steps.append(lambda m: m.go(following, m.mask))
         return self._steps
@@ -138,13 +148,16 @@ class Program:
             ):
                 vector = next((int(p[1:]) for p in i.parts if p in ("v2", "v4", "v8")), 1)
                 sizes.append(i.type.nbytes * vector)
+            elif i.op == "mbarrier":
+                sizes.append(8)
             elif i.op == "cp" and isinstance(i.operands[2:3] and i.operands[2], Imm):
                 sizes.append(i.operands[2].value)
         return min(sizes)
 
     def _split(self) -> tuple[list[BasicBlock], dict[str, int]]:
         code, labels = self.function.code, self.function.labels
-        leaders = {0, *labels.values()} | {n + 1 for n, i in enumerate(code) if i.op in ENDS_BLOCK}
+        leaders = {0, *labels.values()} | {n + 1 for n, i in enumerate(code) if ends_block(i)}
+        leaders |= {n for n, i in enumerate(code) if waits(i)}
         starts = sorted(n for n in leaders if n < len(code))
         blocks = [
             BasicBlock(k, code[a:b])
