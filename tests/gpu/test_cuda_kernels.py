@@ -15,7 +15,7 @@ import ptxsim
 import pytest
 import simulated_ops
 import torch
-from simulated import Library, instructions
+from simulated import Library, executed
 
 from llmcore import dispatch
 from llmcore.dispatch import REGISTRY
@@ -108,12 +108,10 @@ def test_cuda_kernels_attention_sweep(dtype: str, seed: int, record_property) ->
 def hold(name: str, dtype: str, samples: list[Sample], record_property: Any) -> None:
     """Results and gradients of the op's CUDA kernels within the yardstick, on all these."""
     op = REGISTRY[name]
-    before = instructions.copy()
+    executed.take()
     with simulated_ops.installed(library(name in OFTEN), name):
         line = verify_backend(op, "cuda", getattr(torch, dtype), samples)
-    record_property("simulated", f"{name}/cuda/{line.samples}")
-    for kernel, count in (instructions - before).items():
-        record_property("instructions", f"{kernel}/cuda/{count}")
+    record_property("simulated", executed.take())
     assert not line.failures and not line.skipped, str(line)
 
 
@@ -191,4 +189,4 @@ def test_cuda_kernels_planted_fault(name: str, record_property) -> None:
             with pytest.raises(fault.caught) as caught:
                 op.function(*args, **keywords)
             how = type(caught.value).__name__
-    record_property("fault_caught", f"{fault.op}/{name}/{how}")
+    record_property("fault_caught", (broken.last, f"{name} ({how})"))
