@@ -28,7 +28,36 @@ from .attention import (
     widths,
 )
 from .attention_scores import Extra, Operand, Shape
-from .launch import factors, launch, target
+from .launch import factors, launch, products, target
+
+# BLOCK_M, BLOCK_N, warps and stages of key_kernel and of query_kernel, for widths to 64 and to 128,
+# where nothing spills inside of the loop. A warp group of wgmma takes 64 rows: with fewer for each
+# it would repeat another one's products.
+TILES = {
+    "mma": (
+        ((32, 128, 4, 2), (128, 32, 8, 2)),
+        ((32, 64, 4, 2), (64, 32, 4, 2)),
+    ),
+    "wgmma": (
+        ((64, 128, 8, 2), (128, 64, 8, 2)),
+        ((32, 128, 8, 2), (128, 64, 8, 2)),
+    ),
+    "tcgen05": (
+        ((64, 128, 8, 2), (128, 64, 8, 2)),
+        ((64, 64, 8, 2), (64, 64, 8, 2)),
+    ),
+    "mfma": (
+        ((16, 64, 4, 1), (128, 32, 4, 1)),
+        ((16, 64, 4, 1), (64, 16, 4, 1)),
+    ),
+}
+PACKED_TILES = {
+    **TILES,
+    "mma": (
+        ((32, 128, 8, 2), (128, 32, 8, 2)),
+        ((32, 64, 4, 2), (64, 32, 4, 2)),
+    ),
+}
 
 
 @triton.jit
@@ -342,15 +371,15 @@ def query_kernel(
     tl.store(dq.data + at + column, dq_tile.to(dq.data.dtype.element_ty), inside)
 
 
-def tiles_of(q: torch.Tensor, value_width: int, compute: torch.dtype) -> tuple[dict, dict]:
+def tiles_of(
+    q: torch.Tensor, value_width: int, compute: torch.dtype, *, packed: bool = False
+) -> tuple[dict, dict]:
     """BLOCK_M, BLOCK_N, warps and stages of key_kernel and of query_kernel."""
     width = max(q.shape[-1], value_width)
     if compute == torch.float32:  # products without tensor cores hold both factors in registers
         tiles = ((32, 32, 4, 1), (32, 32, 4, 1))
-    elif width <= 64:
-        tiles = ((64, 128, 8, 2), (128, 64, 8, 2))
     elif width <= 128:
-        tiles = ((64, 64, 8, 2), (64, 64, 8, 2))
+        tiles = (PACKED_TILES if packed else TILES)[products()][width > 64]
     else:
         tiles = ((32, 64, 8, 1), (64, 32, 8, 1))
     stages = (1, 1) if target().backend == "hip" else (tiles[0][3], tiles[1][3])
