@@ -128,15 +128,15 @@ FAULTS = {
     ),
     "mask_off_by_one": Fault(
         *("attention", "attention_scores", "attention.forward_kernel"),
-        "seen = seen & (key - query <= high)",
-        "seen = seen & (key - query <= high + 1)",
+        "seen = seen & (key - query <= at.high)",
+        "seen = seen & (key - query <= at.high + 1)",
         HEADS,
         options=CAUSAL,
     ),
     "row_limit_off_by_one": Fault(
-        *("attention", "attention", "attention.forward_kernel"),
-        "q, batch, first_row, group, row, rows * SHARE, SHARE",
-        "q, batch, first_row, group, row, rows * SHARE + 1, SHARE",
+        *("attention", "attention_scores", "attention.forward_kernel"),
+        "load_tile(pointers, row < at.rows * SHARE, WIDTH",
+        "load_tile(pointers, row < at.rows * SHARE + 1, WIDTH",
         HEADS,
         bounds=True,
     ),
@@ -160,8 +160,8 @@ FAULTS = {
     ),
     "last_rows_dropped": Fault(
         *("attention", "attention_backward", "attention_backward.key_kernel"),
-        "limit = rows * SHARE\n    begin",
-        "limit = rows * SHARE - 1\n    begin",
+        "inside = row < at.rows * SHARE\n    head",
+        "inside = row < at.rows * SHARE - 1\n    head",
         HEADS,
     ),
     "keys_of_the_next_sequence": Fault(
