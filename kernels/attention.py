@@ -37,7 +37,7 @@ TILES = {
     "mfma": ((128, 32, 4, 1), (128, 32, 4, 1)),
 }
 # A sequence's place among packed ones takes registers that mma.sync's tiles have not to spare.
-PACKED_TILES = {**TILES, "mma": ((128, 32, 4, 3), (128, 32, 8, 3))}
+PACKED_TILES = {**TILES, "mma": ((128, 32, 4, 3), (64, 64, 8, 2))}
 
 
 @triton.jit
