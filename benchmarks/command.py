@@ -83,6 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="cpu",
         help="cuda: our CUDA and Triton kernels and torch's on a GPU (default: cpu)",
     )
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="with --device cuda: from now on the faster of CUDA and Triton goes first on this GPU",
+    )
     parser.add_argument("--quick", action="store_true", help="few shapes, about two minutes")
     parser.add_argument(
         "--threads",

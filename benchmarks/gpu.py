@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llmcore import device
+from llmcore import device, gpu_table
 from llmcore.dispatch import REGISTRY, BackendError
 from llmcore.ops.sample import Draw, Sample
 from llmcore.verify import verify_sample
@@ -52,6 +52,13 @@ class PlacedSample(Sample):
         self, dtype: torch.dtype, device: torch.device | str | None = None
     ) -> tuple[list[Any], dict[str, Any]]:
         return super().cast(dtype, self.place if device is None else device)
+
+
+def shapes_of(case: Case, place: str = "cuda") -> str:
+    """The case's class of shapes in the table of what was measured on GPUs."""
+    args, options = case.bench.sample(case.shape, Draw(0)).cast(DTYPES[case.dtype], place)
+    op = REGISTRY[case.bench.op]
+    return op.shapes(*op.arguments(*args, **options))
 
 
 def by_events(call: Callable[[], Any], calls: int) -> float:
@@ -117,17 +124,29 @@ def take_turns(calls: list[tuple[Ready, Callable[[], Any]]], timer: Timer) -> li
     ]
 
 
+def seconds_of_ours(lines: list[Line]) -> dict[str, float]:
+    """By backend, of those that were timed."""
+    names = {f"llmcore {backend}": backend for backend in BACKENDS}
+    return {names[x.name]: x.seconds for x in lines if x.name in names and x.seconds is not None}
+
+
 def run(args: argparse.Namespace) -> int:
-    """Prints a line for each contender and writes them as JSON; 2 where there is no GPU."""
+    """Prints a line for each contender and writes them as JSON; 2 where there is no GPU.
+
+    With --table, which of CUDA and Triton was the faster goes into dispatch's table.
+    """
     if why := device.cuda_reason():
         print(f"skipped: {why}; nothing was timed")
         return 2
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     wanted = [bench for op, bench in benches().items() if not args.ops or op in args.ops]
     found, failed = [], False
+    times: list[tuple[str, str, dict[str, float]]] = []
     for case in (case for bench in wanted for case in cases(bench, args.dtypes, args.quick)):
         print(f"\n{case.label}: {case.shape.model}", flush=True)
-        for line in hold(case):
+        lines = hold(case)
+        times.append((case.bench.op, shapes_of(case), seconds_of_ours(lines)))
+        for line in lines:
             text, rate = line.why_not, None
             if line.seconds is not None:
                 rate = case.work.amount / line.seconds / 1e9
@@ -140,4 +159,7 @@ def run(args: argparse.Namespace) -> int:
     gpu = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     path.write_text(json.dumps({"machine": gpu, "results": found}, indent=1))
     print(f"\nresults: {path}")
+    if args.table:
+        written = gpu_table.write(torch.cuda.get_device_name(), times)
+        print(f"the faster of CUDA and Triton goes first from now on: {written}")
     return 1 if failed else 0

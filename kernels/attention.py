@@ -20,29 +20,35 @@ import triton.language as tl
 
 from . import attention_scores as common
 from .attention_scores import Extra, Operand, Shape
-from .launch import factors, launch, precision, target
+from .launch import factors, launch, precision, products, target
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 SPLIT = 256  # keys of a program in decoding
 FEW_ROWS = 64  # up to so many packed rows count as decoding
 
+# BLOCK_M, BLOCK_N, warps and stages for widths to 64 and to 128, where nothing spills inside of the
+# loop. 32 rows a mma.sync warp: each fragment of k and v feeds 4 products, and the tensor cores are
+# busy for longer than shared memory; with 16 rows a warp they are not.
+TILES = {
+    "mma": ((128, 32, 4, 3), (128, 32, 4, 2)),
+    "wgmma": ((128, 64, 4, 3), (128, 64, 8, 3)),
+    "tcgen05": ((128, 64, 8, 3), (128, 64, 8, 3)),
+    "mfma": ((128, 32, 4, 1), (128, 32, 4, 1)),
+}
+# A sequence's place among packed ones takes registers that mma.sync's tiles have not to spare.
+PACKED_TILES = {**TILES, "mma": ((128, 32, 4, 3), (64, 64, 8, 2))}
+
 
 @triton.jit
 def poison(
     result,
     v,
-    batch,
-    first_key,
-    group,
+    at,
     head,
     query,
     begin,
     end,
-    low,
-    high,
-    rows,
-    keys,
     shape,
     extra,
     VALUE_WIDTH: tl.constexpr,
@@ -54,13 +60,24 @@ def poison(
     """
     for number in range(begin, end):
         key = number + tl.arange(0, 1)
-        at, exists = common.place_keys(v, batch, first_key, group, key, key < keys, shape)
-        value = common.load_keys(at, exists, VALUE_WIDTH, BLOCK_DV, True).to(tl.float32)
+        place, exists = common.place_keys(v, at, key, key < at.keys, shape)
+        value = common.load_keys(place, exists, VALUE_WIDTH, BLOCK_DV, True).to(tl.float32)
         value = tl.where(common.is_finite(value), 0.0, value)
-        inside = (query < rows) & (key < keys)[None, :]
-        seen = common.visible(batch, head, query, key[None, :], low, high, inside, extra)
+        inside = (query < at.rows) & (key < at.keys)[None, :]
+        seen = common.visible(at, head, query, key[None, :], inside, extra)
         result = tl.where(seen, result + value, result)
     return result
+
+
+@triton.jit
+def own_part(blocks, SPLIT: tl.constexpr):
+    """Of the blocks those of this program, which has SPLIT of a sequence's keys."""
+    from_key = tl.program_id(1) * SPLIT
+    begin = tl.maximum(blocks.begin, from_key)
+    end = tl.minimum(blocks.end, from_key + SPLIT)
+    full_begin = tl.minimum(tl.maximum(blocks.full_begin, begin), tl.maximum(end, begin))
+    full_end = tl.maximum(tl.minimum(blocks.full_end, from_key + SPLIT), full_begin)
+    return common.Blocks(begin, full_begin, full_end, end)
 
 
 @triton.jit
@@ -86,70 +103,44 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    batch, group, tile = common.place(shape, BATCHES)
-    first_row, rows, first_key, keys, offset = common.sequence(batch, shape, extra)
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    query = (row // SHARE)[:, None]
-    head = (group * SHARE + row % SHARE)[:, None]
-    low, high = common.band(offset, extra)
-    last_query = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // SHARE, rows - 1)
-    begin, full_begin, full_end, end = common.keys_of(
-        tile * BLOCK_M // SHARE, last_query, low, high, keys, extra, BLOCK_N
-    )
+    at, tile = common.place(shape, extra, BATCHES)
+    row, query, head, blocks = common.query_tile(at, tile, extra, SHARE, BLOCK_M, BLOCK_N)
     if SPLIT > 0:
-        from_key = tl.program_id(1) * SPLIT
-        begin = tl.maximum(begin, from_key)
-        end = tl.minimum(end, from_key + SPLIT)
-        full_begin = tl.minimum(tl.maximum(full_begin, begin), tl.maximum(end, begin))
-        full_end = tl.maximum(tl.minimum(full_end, from_key + SPLIT), full_begin)
+        blocks = own_part(blocks, SPLIT)
 
-    q_tile = common.load_rows(
-        q, batch, first_row, group, row, rows * SHARE, SHARE, WIDTH, BLOCK_D, True
-    ).to(COMPUTE)
+    q_tile = common.load_rows(q, at, row, SHARE, WIDTH, BLOCK_D, True).to(COMPUTE)
     if NEGATE:
         q_tile = -q_tile
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if extra.sinks is not None:
-        sink = tl.load(extra.sinks + group * SHARE + row % SHARE).to(tl.float32)
+        sink = tl.load(extra.sinks + at.group * SHARE + row % SHARE).to(tl.float32)
         if SPLIT > 0:
             sink = tl.where(tl.program_id(1) == 0, sink, float("-inf"))
         peak = sink * 1.4426950408889634
         total = tl.where(peak == float("-inf"), 0.0, 1.0)
     result = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    poisoned = begin * 0
+    poisoned = blocks.begin * 0
 
     for phase in tl.static_range(3):
-        # Before, within and behind the blocks that need no mask.
-        if phase == 0:
-            start, stop = begin, full_begin
-        elif phase == 1:
-            start, stop = full_begin, full_end
-        else:
-            start, stop = full_end, end
+        start, stop = common.part_of(blocks, phase)
         if (phase == 2) or (extra.mask is None and (phase == 1 or extra.left is not None)):
             for block in tl.range(start, stop, BLOCK_N):
                 key = block + tl.arange(0, BLOCK_N)
-                at, exists = common.place_keys(k, batch, first_key, group, key, key < keys, shape)
+                place, exists = common.place_keys(k, at, key, key < at.keys, shape)
                 k_tile = common.load_keys(
-                    at, exists, WIDTH, BLOCK_D, (phase != 1) or (shape.page_table is not None)
+                    place, exists, WIDTH, BLOCK_D, (phase != 1) or (shape.page_table is not None)
                 ).to(COMPUTE)
                 score = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
                 if extra.k_scale is not None:
-                    at, _ = common.place_keys(
-                        extra.k_scale, batch, first_key, group, key, exists, shape
-                    )
-                    score *= tl.load(at, exists, other=0.0).to(tl.float32)[None, :]
-                inside = (query < rows) & (key < keys)[None, :]
-                score, _ = common.scores(
-                    score, batch, head, query, key[None, :], offset, inside, extra
-                )
+                    place, _ = common.place_keys(extra.k_scale, at, key, exists, shape)
+                    score *= tl.load(place, exists, other=0.0).to(tl.float32)[None, :]
+                inside = (query < at.rows) & (key < at.keys)[None, :]
+                score, _ = common.scores(score, at, head, query, key[None, :], inside, extra)
                 if shape.page_table is not None:
                     score = tl.where(exists[None, :] | ~inside, score, float("nan"))
                 if phase != 1:
-                    seen = common.visible(
-                        batch, head, query, key[None, :], low, high, inside, extra
-                    )
+                    seen = common.visible(at, head, query, key[None, :], inside, extra)
                     score = tl.where(seen, score, float("-inf"))
 
                 higher = tl.maximum(peak, tl.max(score, 1) * extra.factor)
@@ -159,17 +150,15 @@ def forward_kernel(
                 total = total * shrink + tl.sum(weight, 1)
                 peak = higher
                 if extra.kept is not None:
-                    keep = common.kept(batch, head, query, key[None, :], shape, extra, SHARE)
+                    keep = common.kept(at, head, query, key[None, :], shape, extra, SHARE)
                     weight = tl.where(keep, weight * extra.kept, 0.0)
                 if extra.v_scale is not None:
-                    at, _ = common.place_keys(
-                        extra.v_scale, batch, first_key, group, key, exists, shape
-                    )
-                    weight *= tl.load(at, exists, other=0.0).to(tl.float32)[None, :]
+                    place, _ = common.place_keys(extra.v_scale, at, key, exists, shape)
+                    weight *= tl.load(place, exists, other=0.0).to(tl.float32)[None, :]
 
-                at, _ = common.place_keys(v, batch, first_key, group, key, exists, shape)
+                place, _ = common.place_keys(v, at, key, exists, shape)
                 v_tile = common.load_keys(
-                    at,
+                    place,
                     exists,
                     VALUE_WIDTH,
                     BLOCK_DV,
@@ -184,23 +173,24 @@ def forward_kernel(
 
     if poisoned > 0:
         result = poison(
-            *(result, v, batch, first_key, group, head, query, begin, end, low, high, rows, keys),
-            shape,
-            extra,
+            *(result, v, at, head, query, blocks.begin, blocks.end, shape, extra),
             VALUE_WIDTH,
             BLOCK_DV,
         )
-    inside = row < rows * SHARE
+    inside = row < at.rows * SHARE
     column = tl.arange(0, BLOCK_DV)[None, :]
     stored = inside[:, None] & (column < VALUE_WIDTH)
     if SPLIT > 0:
-        place = tl.program_id(1).to(tl.int64) * shape.batches + batch
-        place = (place * shape.groups + group) * (rows * SHARE) + row
+        place = tl.program_id(1).to(tl.int64) * shape.batches + at.batch
+        place = (place * shape.groups + at.group) * (at.rows * SHARE) + row
         tl.store(part.data + place[:, None] * VALUE_WIDTH + column, result, stored)
         tl.store(part.peak + place, peak, inside)
         tl.store(part.total + place, total, inside)
     else:
-        finish(y, lse, batch, first_row, head, query, result, peak, total, inside, stored, column)
+        finish(
+            *(y, lse, at.batch, at.first_row, head, query),
+            *(result, peak, total, inside, stored, column),
+        )
 
 
 @triton.jit
@@ -369,17 +359,15 @@ def tensors_of(q: torch.Tensor, keys: int, extra: Any) -> dict[str, Any]:
     return given
 
 
-def forward_tiles(q: torch.Tensor, value_width: int, rows: int, compute: torch.dtype) -> dict:
+def forward_tiles(
+    q: torch.Tensor, value_width: int, rows: int, compute: torch.dtype, *, packed: bool = False
+) -> dict:
     """BLOCK_M, BLOCK_N, warps and stages by registers and shared memory, pruned by the rows."""
     width = max(q.shape[-1], value_width)
     if compute == torch.float32:  # products without tensor cores hold both factors in registers
         tiles = (64, 32, 4, 2) if width <= 64 else (32, 32, 4, 2)
-    elif width <= 128 and target().arch == 80:
-        # With mma.sync's fragments in registers (128, 64) spilt inside the loop, at D 64 on 4 warps
-        # and at 128 on 8.
-        tiles = (128, 64, 8, 3) if width <= 64 else (128, 32, 8, 3)
     elif width <= 128:
-        tiles = (128, 64, 4, 3) if width <= 64 else (128, 64, 8, 3)
+        tiles = (PACKED_TILES if packed else TILES)[products()][width > 64]
     else:
         tiles = (64, 32, 8, 2)
     if target().backend == "hip":  # 64 KiB of shared memory

@@ -28,7 +28,36 @@ from .attention import (
     widths,
 )
 from .attention_scores import Extra, Operand, Shape
-from .launch import factors, launch, target
+from .launch import factors, launch, products, target
+
+# BLOCK_M, BLOCK_N, warps and stages of key_kernel and of query_kernel, for widths to 64 and to 128,
+# where nothing spills inside of the loop. A warp group of wgmma takes 64 rows: with fewer for each
+# it would repeat another one's products.
+TILES = {
+    "mma": (
+        ((32, 128, 4, 2), (128, 32, 8, 2)),
+        ((32, 64, 4, 2), (64, 32, 4, 2)),
+    ),
+    "wgmma": (
+        ((64, 128, 8, 2), (128, 64, 8, 2)),
+        ((32, 128, 8, 2), (128, 64, 8, 2)),
+    ),
+    "tcgen05": (
+        ((64, 128, 8, 2), (128, 64, 8, 2)),
+        ((64, 64, 8, 2), (64, 64, 8, 2)),
+    ),
+    "mfma": (
+        ((16, 64, 4, 1), (128, 32, 4, 1)),
+        ((16, 64, 4, 1), (64, 16, 4, 1)),
+    ),
+}
+PACKED_TILES = {
+    **TILES,
+    "mma": (
+        ((32, 128, 8, 2), (128, 32, 8, 2)),
+        ((32, 64, 4, 2), (64, 32, 4, 2)),
+    ),
+}
 
 
 @triton.jit
@@ -64,27 +93,27 @@ def delta_kernel(
 
 
 @triton.jit
-def load_statistics(lse, delta, batch, first_row, group, row, limit, SHARE: tl.constexpr):
+def load_statistics(lse, delta, at, row, SHARE: tl.constexpr):
     """lse in units of log2 in parts, high + low + log2(1 / power), and delta; of existing rows.
 
     In float32 a weight 2^(s - lse) would lose the bits that a difference of large numbers has not:
     so lse's whole part, where it is moderate, becomes a power of 2 to multiply by.
     A row that attends to nothing, or is none, counts as having an infinite sum: its weights are 0.
     """
-    inside = row < limit
-    head = (group * SHARE + row % SHARE).to(tl.int64)
-    query = first_row + row // SHARE
-    at = batch * lse.batch + head * lse.head + query * lse.row
-    value = tl.load(lse.data + at, inside, other=float("inf"))
+    inside = row < at.rows * SHARE
+    head = (at.group * SHARE + row % SHARE).to(tl.int64)
+    query = at.first_row + row // SHARE
+    place = at.batch * lse.batch + head * lse.head + query * lse.row
+    value = tl.load(lse.data + place, inside, other=float("inf"))
     value = tl.where(value == float("-inf"), float("inf"), value)
     high = value * 1.4426950408889634
     # What the product lost, and what float32 lacks of log2(e).
     low = tl.fma(value, 1.4426950408889634, -high) + value * 1.925963033500996e-08
     low = tl.where(value == float("inf"), 0.0, low)
     whole = tl.where(tl.abs(high) < 64.0, tl.floor(high), 0.0)
-    at = batch * delta.batch + head * delta.head + query * delta.row
+    place = at.batch * delta.batch + head * delta.head + query * delta.row
     power = tl.math.exp2(-whole)
-    return high - whole, low, power, tl.load(delta.data + at, inside, other=0.0)
+    return high - whole, low, power, tl.load(delta.data + place, inside, other=0.0)
 
 
 @triton.jit
@@ -95,15 +124,10 @@ def weights_and_slopes(
     low_part,
     power,
     delta,
-    batch,
+    at,
     head,
     query,
     key,
-    rows,
-    keys,
-    low,
-    high,
-    offset,
     shape,
     extra,
     SHARE: tl.constexpr,
@@ -113,15 +137,15 @@ def weights_and_slopes(
 
     `product` is q . k and `dproduct` dy . v; statistics broadcast to the tile.
     """
-    inside = (query < rows) & (key < keys)
-    score, slope = common.scores(product, batch, head, query, key, offset, inside, extra)
+    inside = (query < at.rows) & (key < at.keys)
+    score, slope = common.scores(product, at, head, query, key, inside, extra)
     weight = tl.math.exp2(tl.fma(score, extra.factor, -high_part) - low_part) * power
     if MASKED:
-        seen = common.visible(batch, head, query, key, low, high, inside, extra)
+        seen = common.visible(at, head, query, key, inside, extra)
         weight = tl.where(seen, weight, 0.0)
     used = weight
     if extra.kept is not None:
-        keep = common.kept(batch, head, query, key, shape, extra, SHARE)
+        keep = common.kept(at, head, query, key, shape, extra, SHARE)
         used = tl.where(keep, weight * extra.kept, 0.0)
         dproduct = tl.where(keep, dproduct * extra.kept, 0.0)
     gradient = weight * (dproduct - delta) * slope
@@ -153,57 +177,27 @@ def key_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    batch, group, tile = common.place(shape, BATCHES)
-    first_row, rows, first_key, keys, offset = common.sequence(batch, shape, extra)
-    low, high = common.band(offset, extra)
+    at, tile = common.place(shape, extra, BATCHES)
     key_row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     key = key_row[:, None]
-    limit = rows * SHARE
-    begin, full_begin, full_end, end = common.rows_of_keys(
-        tile * BLOCK_N, tile * BLOCK_N + BLOCK_N - 1, low, high, rows, extra, SHARE, BLOCK_M
-    )
-    end = tl.where(tile * BLOCK_N < keys, end, begin)
-    full_begin = tl.minimum(full_begin, tl.maximum(end, begin))
-    full_end = tl.minimum(full_end, tl.maximum(end, full_begin))
-    k_tile = common.load_rows(
-        k, batch, first_key, group, key_row, keys, 1, WIDTH, BLOCK_D, True
-    ).to(COMPUTE)
-    v_tile = common.load_rows(
-        v, batch, first_key, group, key_row, keys, 1, VALUE_WIDTH, BLOCK_DV, True
-    ).to(COMPUTE)
+    blocks = rows_that_see(at, tile, extra, SHARE, BLOCK_M, BLOCK_N)
+    k_tile = common.load_key_rows(k, at, key_row, WIDTH, BLOCK_D, True).to(COMPUTE)
+    v_tile = common.load_key_rows(v, at, key_row, VALUE_WIDTH, BLOCK_DV, True).to(COMPUTE)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
     for phase in tl.static_range(3):
-        if phase == 0:
-            start, stop = begin, full_begin
-        elif phase == 1:
-            start, stop = full_begin, full_end
-        else:
-            start, stop = full_end, end
+        start, stop = common.part_of(blocks, phase)
         if (phase == 2) or (extra.mask is None and (phase == 1 or extra.right is not None)):
             for block in tl.range(start, stop, BLOCK_M):
                 row = block + tl.arange(0, BLOCK_M)
                 query = (row // SHARE)[None, :]
-                head = (group * SHARE + row % SHARE)[None, :]
-                q_tile = common.load_rows(
-                    q, batch, first_row, group, row, limit, SHARE, WIDTH, BLOCK_D, phase != 1
-                ).to(COMPUTE)
+                head = (at.group * SHARE + row % SHARE)[None, :]
+                q_tile = common.load_rows(q, at, row, SHARE, WIDTH, BLOCK_D, phase != 1).to(COMPUTE)
                 dy_tile = common.load_rows(
-                    dy,
-                    batch,
-                    first_row,
-                    group,
-                    row,
-                    limit,
-                    SHARE,
-                    VALUE_WIDTH,
-                    BLOCK_DV,
-                    phase != 1,
+                    dy, at, row, SHARE, VALUE_WIDTH, BLOCK_DV, phase != 1
                 ).to(COMPUTE)
-                high_part, low_part, power, row_delta = load_statistics(
-                    lse, delta, batch, first_row, group, row, limit, SHARE
-                )
+                high_part, low_part, power, row_delta = load_statistics(lse, delta, at, row, SHARE)
                 weight, gradient = weights_and_slopes(
                     tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION),
                     tl.dot(v_tile, tl.trans(dy_tile), input_precision=PRECISION),
@@ -211,15 +205,10 @@ def key_kernel(
                     low_part[None, :],
                     power[None, :],
                     row_delta[None, :],
-                    batch,
+                    at,
                     head,
                     query,
                     key,
-                    rows,
-                    keys,
-                    low,
-                    high,
-                    offset,
                     shape,
                     extra,
                     SHARE,
@@ -230,24 +219,35 @@ def key_kernel(
                     q_tile = tl.where(common.is_finite(q_tile), q_tile, 0.0)
                 dk_tile = tl.dot(gradient.to(COMPUTE), q_tile, dk_tile, input_precision=PRECISION)
 
-    column = tl.arange(0, BLOCK_D)[None, :]
-    at = batch * dk.batch + group.to(tl.int64) * dk.head + (first_key + key) * dk.row
-    inside = (key < capacity(keys, shape)) & (column < WIDTH)
-    dk_tile = tl.where(key < keys, dk_tile * extra.scale, 0.0)
-    tl.store(dk.data + at + column, dk_tile.to(dk.data.dtype.element_ty), inside)
-    column = tl.arange(0, BLOCK_DV)[None, :]
-    at = batch * dv.batch + group.to(tl.int64) * dv.head + (first_key + key) * dv.row
-    inside = (key < capacity(keys, shape)) & (column < VALUE_WIDTH)
-    dv_tile = tl.where(key < keys, dv_tile, 0.0)
-    tl.store(dv.data + at + column, dv_tile.to(dv.data.dtype.element_ty), inside)
+    store_keys(dk, dk_tile * extra.scale, at, key, shape, WIDTH, BLOCK_D)
+    store_keys(dv, dv_tile, at, key, shape, VALUE_WIDTH, BLOCK_DV)
 
 
 @triton.jit
-def capacity(keys, shape):
-    """Rows of dk and dv: those past kv_lengths are zeros, those of packed sequences the next's."""
+def rows_that_see(
+    at, tile, extra, SHARE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """The blocks of packed rows for a tile of keys; none where the tile is past the last key."""
+    first = tile * BLOCK_N
+    blocks = common.rows_of_keys(first, first + BLOCK_N - 1, at, extra, SHARE, BLOCK_M)
+    end = tl.where(first < at.keys, blocks.end, blocks.begin)
+    full_begin = tl.minimum(blocks.full_begin, tl.maximum(end, blocks.begin))
+    full_end = tl.minimum(blocks.full_end, tl.maximum(end, full_begin))
+    return common.Blocks(blocks.begin, full_begin, full_end, end)
+
+
+@triton.jit
+def store_keys(operand, tile, at, key, shape, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """dk or dv of a tile of keys: those past kv_lengths are zeros, those of packed sequences the
+    next one's."""
+    last = at.keys
     if shape.ends_k is None:
-        keys = keys * 0 + shape.keys
-    return keys
+        last = at.keys * 0 + shape.keys
+    column = tl.arange(0, BLOCK)[None, :]
+    place = at.batch * operand.batch + at.group.to(tl.int64) * operand.head
+    place += (at.first_key + key) * operand.row
+    tile = tl.where(key < at.keys, tile, 0.0).to(operand.data.dtype.element_ty)
+    tl.store(operand.data + place + column, tile, (key < last) & (column < WIDTH))
 
 
 @triton.jit
@@ -272,44 +272,24 @@ def query_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    batch, group, tile = common.place(shape, BATCHES)
-    first_row, rows, first_key, keys, offset = common.sequence(batch, shape, extra)
-    low, high = common.band(offset, extra)
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    query = (row // SHARE)[:, None]
-    head = (group * SHARE + row % SHARE)[:, None]
-    limit = rows * SHARE
-    last_query = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // SHARE, rows - 1)
-    begin, full_begin, full_end, end = common.keys_of(
-        tile * BLOCK_M // SHARE, last_query, low, high, keys, extra, BLOCK_N
-    )
-    q_tile = common.load_rows(
-        q, batch, first_row, group, row, limit, SHARE, WIDTH, BLOCK_D, True
-    ).to(COMPUTE)
-    dy_tile = common.load_rows(
-        dy, batch, first_row, group, row, limit, SHARE, VALUE_WIDTH, BLOCK_DV, True
-    ).to(COMPUTE)
-    high_part, low_part, power, row_delta = load_statistics(
-        lse, delta, batch, first_row, group, row, limit, SHARE
-    )
+    at, tile = common.place(shape, extra, BATCHES)
+    row, query, head, blocks = common.query_tile(at, tile, extra, SHARE, BLOCK_M, BLOCK_N)
+    q_tile = common.load_rows(q, at, row, SHARE, WIDTH, BLOCK_D, True).to(COMPUTE)
+    dy_tile = common.load_rows(dy, at, row, SHARE, VALUE_WIDTH, BLOCK_DV, True).to(COMPUTE)
+    high_part, low_part, power, row_delta = load_statistics(lse, delta, at, row, SHARE)
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     for phase in tl.static_range(3):
-        if phase == 0:
-            start, stop = begin, full_begin
-        elif phase == 1:
-            start, stop = full_begin, full_end
-        else:
-            start, stop = full_end, end
+        start, stop = common.part_of(blocks, phase)
         if (phase == 2) or (extra.mask is None and (phase == 1 or extra.left is not None)):
             for block in tl.range(start, stop, BLOCK_N):
                 key_row = block + tl.arange(0, BLOCK_N)
-                k_tile = common.load_rows(
-                    k, batch, first_key, group, key_row, keys, 1, WIDTH, BLOCK_D, phase != 1
-                ).to(COMPUTE)
-                v_tile = common.load_rows(
-                    v, batch, first_key, group, key_row, keys, 1, VALUE_WIDTH, BLOCK_DV, phase != 1
-                ).to(COMPUTE)
+                k_tile = common.load_key_rows(k, at, key_row, WIDTH, BLOCK_D, phase != 1).to(
+                    COMPUTE
+                )
+                v_tile = common.load_key_rows(v, at, key_row, VALUE_WIDTH, BLOCK_DV, phase != 1).to(
+                    COMPUTE
+                )
                 _, gradient = weights_and_slopes(
                     tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION),
                     tl.dot(dy_tile, tl.trans(v_tile), input_precision=PRECISION),
@@ -317,15 +297,10 @@ def query_kernel(
                     low_part[:, None],
                     power[:, None],
                     row_delta[:, None],
-                    batch,
+                    at,
                     head,
                     query,
                     key_row[None, :],
-                    rows,
-                    keys,
-                    low,
-                    high,
-                    offset,
                     shape,
                     extra,
                     SHARE,
@@ -336,21 +311,21 @@ def query_kernel(
                 dq_tile = tl.dot(gradient.to(COMPUTE), k_tile, dq_tile, input_precision=PRECISION)
 
     column = tl.arange(0, BLOCK_D)[None, :]
-    at = batch * dq.batch + head.to(tl.int64) * dq.head + (first_row + query) * dq.row
-    inside = (row[:, None] < limit) & (column < WIDTH)
+    place = at.batch * dq.batch + head.to(tl.int64) * dq.head + (at.first_row + query) * dq.row
+    inside = (row[:, None] < at.rows * SHARE) & (column < WIDTH)
     dq_tile *= extra.scale
-    tl.store(dq.data + at + column, dq_tile.to(dq.data.dtype.element_ty), inside)
+    tl.store(dq.data + place + column, dq_tile.to(dq.data.dtype.element_ty), inside)
 
 
-def tiles_of(q: torch.Tensor, value_width: int, compute: torch.dtype) -> tuple[dict, dict]:
+def tiles_of(
+    q: torch.Tensor, value_width: int, compute: torch.dtype, *, packed: bool = False
+) -> tuple[dict, dict]:
     """BLOCK_M, BLOCK_N, warps and stages of key_kernel and of query_kernel."""
     width = max(q.shape[-1], value_width)
     if compute == torch.float32:  # products without tensor cores hold both factors in registers
         tiles = ((32, 32, 4, 1), (32, 32, 4, 1))
-    elif width <= 64:
-        tiles = ((64, 128, 8, 2), (128, 64, 8, 2))
     elif width <= 128:
-        tiles = ((64, 64, 8, 2), (64, 64, 8, 2))
+        tiles = (PACKED_TILES if packed else TILES)[products()][width > 64]
     else:
         tiles = ((32, 64, 8, 1), (64, 32, 8, 1))
     stages = (1, 1) if target().backend == "hip" else (tiles[0][3], tiles[1][3])

@@ -79,9 +79,39 @@ class Extra(NamedTuple):
     v_scale: Any
 
 
+class Place(NamedTuple):
+    """The sequence and the key/value head of a program.
+
+    first_row, rows, first_key, keys: where the sequence starts among packed ones, and its sizes.
+    offset: query 0's position; query i sees the keys j with low <= j - i <= high.
+    """
+
+    batch: Any
+    group: Any
+    first_row: Any
+    rows: Any
+    first_key: Any
+    keys: Any
+    offset: Any
+    low: Any
+    high: Any
+
+
+class Blocks(NamedTuple):
+    """What a program walks over, from begin to end; between full_begin and full_end without a mask.
+
+    Both of the inner ends are multiples of a block, or the outer ones.
+    """
+
+    begin: Any
+    full_begin: Any
+    full_end: Any
+    end: Any
+
+
 @triton.jit
-def place(shape, BATCHES: tl.constexpr):
-    """The sequence, the key/value head and the tile of this program; the last tile comes first.
+def place(shape, extra, BATCHES: tl.constexpr):
+    """The place and the tile of this program; the last tile comes first.
 
     Under a causal mask the last rows have the most keys: what takes longest starts first. Beyond
     the last tile of packed sequences the sequence is shape.batches, which has no rows.
@@ -98,7 +128,10 @@ def place(shape, BATCHES: tl.constexpr):
         batch = tl.sum((ends <= index).to(tl.int32), 0)
         group = head
         tile = (index - tl.max(tl.where(ends <= index, ends, 0), 0)).to(tl.int32)
-    return batch.to(tl.int64), group, tile
+    batch = batch.to(tl.int64)
+    first_row, rows, first_key, keys, offset = sequence(batch, shape, extra)
+    low, high = band(offset, extra)
+    return Place(batch, group, first_row, rows, first_key, keys, offset, low, high), tile
 
 
 @triton.jit
@@ -146,45 +179,43 @@ def band(offset, extra):
 
 
 @triton.jit
-def keys_of(first, last, low, high, keys, extra, BLOCK: tl.constexpr):
-    """Of the queries first to last: begin, full_begin, full_end, end of their keys.
+def keys_of(first, last, at, extra, BLOCK: tl.constexpr):
+    """Of the queries first to last: the blocks of keys that some see, and those that all see.
 
-    Blocks between begin and end hold keys that some query sees; those between full_begin and
-    full_end, only keys that all see. Blocks start at multiples of BLOCK, whatever the queries are:
+    Blocks start at multiples of BLOCK, whatever the queries are:
     so a query's keys are summed in the same order in every tile.
     """
     begin = first * 0
     full_begin = begin
-    end = keys
-    full_end = keys
+    end = at.keys
+    full_end = at.keys
     if extra.left is not None:
-        begin = tl.maximum(first + low, 0) // BLOCK * BLOCK
-        full_begin = tl.cdiv(tl.maximum(last + low, 0), BLOCK) * BLOCK
+        begin = tl.maximum(first + at.low, 0) // BLOCK * BLOCK
+        full_begin = tl.cdiv(tl.maximum(last + at.low, 0), BLOCK) * BLOCK
     if extra.right is not None:
-        end = tl.maximum(tl.minimum(keys, last + high + 1), 0)
-        full_end = tl.maximum(tl.minimum(keys, first + high + 1), 0)
+        end = tl.maximum(tl.minimum(at.keys, last + at.high + 1), 0)
+        full_end = tl.maximum(tl.minimum(at.keys, first + at.high + 1), 0)
     full_end = full_end // BLOCK * BLOCK
     if extra.mask is not None:
         full_begin = begin
         full_end = begin
     full_begin = tl.minimum(tl.maximum(full_begin, begin), tl.maximum(end, begin))
-    return begin, full_begin, tl.maximum(full_end, full_begin), end
+    return Blocks(begin, full_begin, tl.maximum(full_end, full_begin), end)
 
 
 @triton.jit
-def rows_of_keys(first, last, low, high, rows, extra, SHARE: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the keys first to last: begin, full_begin, full_end, end of the packed rows that see them,
-    as in keys_of."""
+def rows_of_keys(first, last, at, extra, SHARE: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the keys first to last: the blocks of packed rows that see some, and that see all."""
     begin = first * 0
     full_begin = begin
-    end = rows
-    full_end = rows
+    end = at.rows
+    full_end = at.rows
     if extra.right is not None:
-        begin = tl.minimum(tl.maximum(first - high, 0), rows) * SHARE // BLOCK * BLOCK
-        full_begin = tl.minimum(tl.maximum(last - high, 0), rows)
+        begin = tl.minimum(tl.maximum(first - at.high, 0), at.rows) * SHARE // BLOCK * BLOCK
+        full_begin = tl.minimum(tl.maximum(last - at.high, 0), at.rows)
     if extra.left is not None:
-        end = tl.maximum(tl.minimum(rows, last - low + 1), 0)
-        full_end = tl.maximum(tl.minimum(rows, first - low + 1), 0)
+        end = tl.maximum(tl.minimum(at.rows, last - at.low + 1), 0)
+        full_end = tl.maximum(tl.minimum(at.rows, first - at.low + 1), 0)
     end = end * SHARE
     full_begin = tl.cdiv(full_begin * SHARE, BLOCK) * BLOCK
     full_end = full_end * SHARE // BLOCK * BLOCK
@@ -192,7 +223,30 @@ def rows_of_keys(first, last, low, high, rows, extra, SHARE: tl.constexpr, BLOCK
         full_end = begin
         full_begin = begin
     full_begin = tl.minimum(tl.maximum(full_begin, begin), tl.maximum(end, begin))
-    return begin, full_begin, tl.maximum(full_end, full_begin), end
+    return Blocks(begin, full_begin, tl.maximum(full_end, full_begin), end)
+
+
+@triton.jit
+def query_tile(at, tile, extra, SHARE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The packed rows of a tile, the query and the head of each (as columns), and their keys."""
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = (row // SHARE)[:, None]
+    head = (at.group * SHARE + row % SHARE)[:, None]
+    last_query = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // SHARE, at.rows - 1)
+    keys = keys_of(tile * BLOCK_M // SHARE, last_query, at, extra, BLOCK_N)
+    return row, query, head, keys
+
+
+@triton.jit
+def part_of(blocks, PART: tl.constexpr):
+    """Where the blocks before (0), among (1) and behind (2) those without a mask start and stop."""
+    if PART == 0:
+        start, stop = blocks.begin, blocks.full_begin
+    elif PART == 1:
+        start, stop = blocks.full_begin, blocks.full_end
+    else:
+        start, stop = blocks.full_end, blocks.end
+    return start, stop
 
 
 @triton.jit
@@ -214,38 +268,45 @@ def load_tile(pointers, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECKE
 @triton.jit
 def load_rows(
     operand,
-    batch,
-    first_row,
-    group,
+    at,
     row,
-    limit,
     SHARE: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     CHECKED: tl.constexpr,
 ):
-    """A tile of packed rows (`row`, 1-D) below `limit`, (rows, BLOCK); zeros elsewhere."""
-    column = tl.arange(0, BLOCK)[None, :]
-    start = operand.data + batch * operand.batch + first_row * operand.row
-    start += (group * SHARE).to(tl.int64) * operand.head
-    at = (row // SHARE).to(tl.int64) * operand.row + (row % SHARE) * operand.head
-    pointers = start + at[:, None] + column
-    return load_tile(pointers, row < limit, WIDTH, BLOCK, CHECKED)
+    """A tile of packed rows (`row`, 1-D), (rows, BLOCK); zeros where there is none."""
+    start = operand.data + at.batch * operand.batch + at.first_row * operand.row
+    start += (at.group * SHARE).to(tl.int64) * operand.head
+    steps = (row // SHARE).to(tl.int64) * operand.row + (row % SHARE) * operand.head
+    pointers = start + steps[:, None] + tl.arange(0, BLOCK)[None, :]
+    return load_tile(pointers, row < at.rows * SHARE, WIDTH, BLOCK, CHECKED)
 
 
 @triton.jit
-def place_keys(operand, batch, first_key, group, key, inside, shape):
+def load_key_rows(
+    operand, at, key, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECKED: tl.constexpr
+):
+    """A tile of keys or values (`key`, 1-D), not in pages; zeros where there is none."""
+    start = operand.data + at.batch * operand.batch + at.first_key * operand.row
+    start += at.group.to(tl.int64) * operand.head
+    pointers = start + (key.to(tl.int64) * operand.row)[:, None] + tl.arange(0, BLOCK)[None, :]
+    return load_tile(pointers, key < at.keys, WIDTH, BLOCK, CHECKED)
+
+
+@triton.jit
+def place_keys(operand, at, key, inside, shape):
     """Where keys (1-D) start in an operand of one head a group, and which of them exist.
 
     In pages, a key whose page does not exist is told apart, so that it can count as NaN.
     """
-    start = operand.data + group.to(tl.int64) * operand.head
+    start = operand.data + at.group.to(tl.int64) * operand.head
     if shape.page_table is None:
-        start += batch * operand.batch + first_key * operand.row
+        start += at.batch * operand.batch + at.first_key * operand.row
         pointers = start + key.to(tl.int64) * operand.row
         exists = inside
     else:
-        entry = shape.page_table + batch * shape.table_stride + key // shape.page_length
+        entry = shape.page_table + at.batch * shape.table_stride + key // shape.page_length
         page = tl.load(entry, inside, other=0).to(tl.int64)
         exists = inside & (page >= 0) & (page < shape.pages)
         place_in_page = (key % shape.page_length).to(tl.int64) * operand.row
@@ -275,14 +336,14 @@ def tanh(x):
 
 
 @triton.jit
-def mask_at(batch, head, query, key, extra):
+def mask_at(at, head, query, key, extra):
     """Where the mask's elements are."""
-    at = batch * extra.mask_batch + head.to(tl.int64) * extra.mask_head
-    return extra.mask + (at + query.to(tl.int64) * extra.mask_row + key * extra.mask_key)
+    start = at.batch * extra.mask_batch + head.to(tl.int64) * extra.mask_head
+    return extra.mask + (start + query.to(tl.int64) * extra.mask_row + key * extra.mask_key)
 
 
 @triton.jit
-def scores(product, batch, head, query, key, offset, inside, extra):
+def scores(product, at, head, query, key, inside, extra):
     """q . k as what extra.factor turns into an exponent, and its slope by softcap (else 1)."""
     slope = 1.0
     if extra.softcap is not None:
@@ -294,25 +355,25 @@ def scores(product, batch, head, query, key, offset, inside, extra):
     ):
         product *= extra.scale
     if extra.slopes is not None:
-        at = extra.slopes + batch * extra.slopes_batch + head * extra.slopes_head
-        distance = tl.abs(near(offset) + query - key).to(tl.float32)
-        product -= tl.load(at).to(tl.float32) * distance
+        slopes = extra.slopes + at.batch * extra.slopes_batch + head * extra.slopes_head
+        distance = tl.abs(near(at.offset) + query - key).to(tl.float32)
+        product -= tl.load(slopes).to(tl.float32) * distance
     if extra.mask is not None and extra.mask.dtype.element_ty.is_floating():
-        added = tl.load(mask_at(batch, head, query, key, extra), inside, other=0.0)
+        added = tl.load(mask_at(at, head, query, key, extra), inside, other=0.0)
         product += added.to(tl.float32)
     return product, slope
 
 
 @triton.jit
-def visible(batch, head, query, key, low, high, inside, extra):
+def visible(at, head, query, key, inside, extra):
     """Which query may attend to which key; `inside` where both exist."""
     seen = inside
     if extra.left is not None:
-        seen = seen & (key - query >= low)
+        seen = seen & (key - query >= at.low)
     if extra.right is not None:
-        seen = seen & (key - query <= high)
+        seen = seen & (key - query <= at.high)
     if extra.mask is not None and not extra.mask.dtype.element_ty.is_floating():
-        seen = seen & (tl.load(mask_at(batch, head, query, key, extra), inside, other=0) != 0)
+        seen = seen & (tl.load(mask_at(at, head, query, key, extra), inside, other=0) != 0)
     return seen
 
 
@@ -327,9 +388,9 @@ def mix(x):
 
 
 @triton.jit
-def kept(batch, head, query, key, shape, extra, SHARE: tl.constexpr):
+def kept(at, head, query, key, shape, extra, SHARE: tl.constexpr):
     """Which weights dropout keeps."""
-    row = (batch * shape.groups * SHARE + head) * shape.rows + query
+    row = (at.batch * shape.groups * SHARE + head) * shape.rows + query
     low, high = row.to(tl.uint32), (row >> 32).to(tl.uint32)
     start = mix(tl.full([1, 1], extra.seed_low, tl.uint32))
     start = mix(start ^ tl.full([1, 1], extra.seed_high, tl.uint32))

@@ -37,7 +37,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Any, option
         q, scale, negate = attention.positive_scale(q, options.scale)
         q, k, v = map(attention.by_rows, (q, k, v))
         compute, share = factors(q, k), heads // k.shape[1]
-        tiles = attention.forward_tiles(q, v.shape[2], total * share, compute)
+        tiles = attention.forward_tiles(q, v.shape[2], total * share, compute, packed=True)
         block = tiles["BLOCK_M"]
         count = total * share // block + shape.batches
         attention.run(
@@ -74,7 +74,7 @@ def backward(
     q, k, v, dy, y = map(attention.by_rows, (q, k, v, dy, y))
     delta = attention_backward.delta_of(dy, y, None, packed_operand)
     compute, share = factors(q, k), q.shape[1] // k.shape[1]
-    tiles = attention_backward.tiles_of(q, v.shape[2], compute)
+    tiles = attention_backward.tiles_of(q, v.shape[2], compute, packed=True)
     programs = []
     for end, rows, each, block in (
         (shape.ends_k, k.shape[0], 1, tiles[0]["BLOCK_N"]),

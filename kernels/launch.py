@@ -44,6 +44,15 @@ def target() -> GPUTarget:
     return triton.runtime.driver.active.get_current_target()
 
 
+def products() -> str:
+    """How the target multiplies matrices of half types: "mma" a warp, "wgmma" four of them (sm_90),
+    "tcgen05" with its sums in a memory of their own (sm_100), "mfma" AMD's waves."""
+    found = target()
+    if found.backend == "hip":
+        return "mfma"
+    return {9: "wgmma", 10: "tcgen05"}.get(found.arch // 10, "mma")
+
+
 def precision(dtype: torch.dtype) -> str:
     """How tl.dot multiplies: float32 as torch's own switch for matrix products says."""
     if dtype != torch.float32:

@@ -122,8 +122,10 @@ def add_kernel(parts, bias, y, parts_count, size, outputs, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     total = tl.zeros([BLOCK], tl.float32)
-    for part in range(parts_count):
-        total += tl.load(parts + part.to(tl.int64) * size + at, inside, other=0.0)
+    place = parts + at
+    for _ in range(parts_count):
+        total += tl.load(place, inside, other=0.0)
+        place += size
     if bias is not None:
         total += tl.load(bias + at % outputs, inside, other=0.0).to(tl.float32)
     tl.store(y + at, total.to(y.dtype.element_ty), inside)

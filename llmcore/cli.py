@@ -37,6 +37,10 @@ COMMANDS = {
         "llmcore.pretrain_command",
         "train a model from nothing, on your text or a corpus",
     ),
+    "backends": (
+        "llmcore.backends_command",
+        "each op's candidates on this machine: what runs, and why the others don't",
+    ),
     "bench": (
         "llmcore.benchmarks.command",
         "time every op against torch, as a share of this machine's limits",

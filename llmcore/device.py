@@ -50,6 +50,17 @@ def cuda_reason() -> str | None:
     return None
 
 
+@functools.cache
+def _name_of_gpu(index: int | None) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def gpu_name(x: torch.Tensor | None) -> str:
+    """The name of the GPU that a tensor is on, "" for any other."""
+    on_gpu = x is not None and x.is_cuda and cuda_reason() is None
+    return _name_of_gpu(x.device.index) if x is not None and on_gpu else ""
+
+
 def cuda_kernels_reason() -> str:
     """Why the extension's CUDA kernels can't run here, "" when they can."""
     return cuda_reason() or native.cuda_reason()

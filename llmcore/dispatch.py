@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from llmcore import device, native
+from llmcore import device, gpu_table, native
 
 BACKENDS = (
     "cuda",
@@ -33,6 +33,9 @@ BACKENDS = (
 
 UNFORCED = ("cuda", "triton", "torch", "cpu", "reference")
 """What runs when nothing is forced; single levels of the CPU kernels run by name only."""
+
+BY_DEVICE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "torch", "reference")}
+"""Of UNFORCED, what takes tensors on a kind of device."""
 
 forced: str | None = os.environ.get("LLMCORE_BACKEND") or None
 """The backend that must run, process-wide; None: the first candidate that does not refuse."""
@@ -204,8 +207,9 @@ class Op:
 
     Definition, check and candidates take the same positional arguments. `arguments` makes them of
     a call of the public function (promotes, resolves defaults, groups options); without it they are
-    the public function's own. `absent` holds the contract's sentence for each family of kernels
-    (cpu, triton, cuda, torch) that it does not have.
+    the public function's own. `shapes` names a call's class of shapes in the table of what was
+    measured on GPUs (gpu_table.py). `absent` holds the contract's sentence for each family of
+    kernels (cpu, triton, cuda, torch) that it does not have.
     """
 
     def __init__(
@@ -216,6 +220,7 @@ class Op:
         samples: Callable[..., Any],
         candidates: tuple[Candidate, ...] = (),
         arguments: Callable[..., tuple[Any, ...]] | None = None,
+        shapes: Callable[..., str] = gpu_table.rows_class,
         **absent: str,
     ) -> None:
         self.name = name
@@ -223,6 +228,7 @@ class Op:
         self.check = check
         self.arguments = arguments or self._as_given
         self.samples = samples
+        self.shapes = shapes
         self.candidates = (*candidates, Candidate("reference", reference))
         self.absent = absent
         self.chosen: dict[Any, Candidate] = {}
@@ -260,8 +266,23 @@ class Op:
         if forced is not None:
             check_backend(forced)
             return self._forced(forced, *args)
-        preferred = (c for c in self.candidates if c.backend in UNFORCED)
+        preferred = [c for c in self.candidates if c.backend in UNFORCED]
+        if (found := self.measured(*args)) is not None:  # a stable sort: the fastest goes first
+            preferred.sort(key=lambda c: c.backend != found.fastest)
         return next(c for c in preferred if not c.reasons(*args))
+
+    def measured(self, *args: Any) -> gpu_table.Measured | None:
+        """What is known of a call's shapes on the GPU that it would run on, where both CUDA and
+        Triton have a kernel."""
+        if torch.compiler.is_compiling() or not self.has_both:
+            return None
+        gpu = device.gpu_name(next(tensors_in(args), None))
+        return gpu_table.measured(gpu, self.name, self.shapes(*args)) if gpu else None
+
+    @property
+    def has_both(self) -> bool:
+        """Whether there is both a CUDA and a Triton kernel."""
+        return {"cuda", "triton"} <= {c.backend for c in self.candidates}
 
     def _forced(self, backend: str, *args: Any) -> Candidate:
         candidate = self.candidate(backend)
@@ -366,13 +387,24 @@ def backends() -> Backends:
     return table
 
 
+def order(op: str, kind: str) -> list[str]:
+    """The backends that run on this machine for an op's tensors on a kind of device ("cpu" or
+    "cuda"), in the order in which they are asked for a call."""
+    found = MAPPED[op][0] if op in MAPPED else REGISTRY[op]
+    return [c.backend for c in found.candidates if c.backend in BY_DEVICE[kind] and not c.machine]
+
+
 @dataclass(frozen=True)
 class Explanation:
-    """Which candidate runs a call, and why each other one does not. Prints as a list."""
+    """Which candidate runs a call, and why each other one does not. Prints as a list.
+
+    `measured` is what the order of CUDA and Triton on this GPU rests on, where it was measured.
+    """
 
     op: str
     chosen: str
     reasons: dict[str, list[str]]
+    measured: str = ""
 
     def __str__(self) -> str:
         others = [
@@ -380,7 +412,8 @@ class Explanation:
             for b, why in self.reasons.items()
             if b != self.chosen
         ]
-        return "\n".join([f"{self.op} runs on {self.chosen}", *others])
+        measured = [f"  {self.measured}"] if self.measured else []
+        return "\n".join([f"{self.op} runs on {self.chosen}", *measured, *others])
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> Explanation:
@@ -406,4 +439,4 @@ def explain(op: str | Callable[..., Any], *args: Any, **options: Any) -> Explana
         reasons[backend] = (
             [found.why_absent(backend)] if candidate is None else candidate.reasons(*call)
         )
-    return Explanation(found.name, chosen.backend, reasons)
+    return Explanation(found.name, chosen.backend, reasons, str(found.measured(*call) or ""))

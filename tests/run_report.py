@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from kernel_counts import Summary
 
 from llmcore import device, dispatch, native
 
@@ -66,7 +67,7 @@ def backend(request: pytest.FixtureRequest, one_thread: None) -> Iterator[str]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How many random cases there were; a table of the candidates that ran, or why they did not."""
     report_random_cases(terminalreporter)
-    report_simulation(terminalreporter)
+    report_kernels(terminalreporter)
     ran: dict[tuple[str, str], int] = {}
     skipped: dict[tuple[str, str], str] = {}
     for outcome in ("passed", "failed", "skipped"):
@@ -102,29 +103,20 @@ def report_random_cases(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(listed)
 
 
-def report_simulation(terminalreporter: pytest.TerminalReporter) -> None:
-    """What ran in the simulator of GPU kernels: samples, instructions by kernel, faults."""
-    kinds: dict[str, list[list[str]]] = {"simulated": [], "instructions": [], "fault_caught": []}
+def report_kernels(terminalreporter: pytest.TerminalReporter) -> None:
+    """Of each GPU kernel: launches in Triton's interpreter and in the simulator, faults caught."""
+    summary = Summary()
     for outcome in ("passed", "failed"):
         for report in terminalreporter.stats.get(outcome, []):
-            for name, value in report.user_properties:
-                if name in kinds:
-                    kinds[name].append(value.split("/"))
-    if not any(kinds.values()):
-        return
-    terminalreporter.section("GPU kernels executed in the simulator, without a GPU")
-    for title, rows in (
-        ("samples", kinds["simulated"]),
-        ("thread instructions", kinds["instructions"]),
-    ):
-        totals: dict[str, int] = {}
-        for owner, backend, count in rows:
-            key = f"{owner} ({backend})"
-            totals[key] = totals.get(key, 0) + int(count)
-        listed = ", ".join(f"{key} {count:,}" for key, count in sorted(totals.items()))
-        terminalreporter.write_line(f"{title}: {listed or 'none'}")
-    caught = sorted(f"{op} {fault} ({kind})" for op, fault, kind in kinds["fault_caught"])
-    terminalreporter.write_line(f"planted faults caught: {', '.join(caught) or 'none'}")
+            for kind, value in report.user_properties:
+                if kind in Summary.KINDS:
+                    summary.add(kind, value)
+    if lines := summary.lines():
+        terminalreporter.section(
+            "GPU kernels without a GPU: launches that differ, thread instructions, planted faults"
+        )
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 def table(ran: dict[tuple[str, str], int], skipped: dict[tuple[str, str], str]) -> list[str]:

@@ -14,7 +14,7 @@ from ops.cases import tiny
 from torch._subclasses import FakeTensorMode
 
 import llmcore
-from llmcore import device, dispatch, native, ops
+from llmcore import cli, device, dispatch, native, ops
 from llmcore.dispatch import BACKENDS, REGISTRY, BackendError, Candidate, Op
 from llmcore.ops.sample import Draw
 
@@ -337,3 +337,29 @@ def test_a_cached_call_does_not_let_a_bad_one_through() -> None:
         ops.rms_norm(x, None, None)
     with pytest.raises(ValueError, match="eps"):
         ops.rms_norm(x, None, -1.0)
+
+
+def test_dispatch_backends_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "cuda_reason", lambda: "torch finds no GPU")
+    assert cli.main(["backends", "rms_norm", "linear"]) == 0
+    out = capsys.readouterr().out
+    assert all(backend in out for backend in BACKENDS) and "softmax" not in out
+    assert "no CUDA tensors: torch finds no GPU" in out
+    first = dispatch.order("rms_norm", "cpu")[0]
+    assert f"    {', '.join(dispatch.order('rms_norm', 'cpu'))}: rms_norm" in out
+    assert REGISTRY["rms_norm"].kernel(None, torch.zeros(2, 3), None, 1e-6).backend == first
+    assert cli.main(["backends", "rms_nrm"]) == 2
+    assert "ops: got 'rms_nrm', expected one of" in capsys.readouterr().out
+
+
+def test_dispatch_backends_command_on_a_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "cuda_reason", lambda: None)
+    assert cli.main(["backends", "scaled_dot_product_attention"]) == 0
+    assert "CUDA tensors go to the first of these" in capsys.readouterr().out
+    with llmcore.use("reference"):
+        assert cli.main(["backends"]) == 0
+    assert "reference is forced on every call" in capsys.readouterr().out

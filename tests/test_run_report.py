@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from kernel_counts import Recorder, Summary, digest
 from run_report import table
 
 ROOT = Path(__file__).parent.parent
@@ -52,3 +54,20 @@ def test_table_tells_executed_from_skipped() -> None:
     assert lines[4] == "executed: cpu, reference"
     assert lines[5].startswith("NOT executed: cuda, triton, torch, cpu_avx512_bf16")
     assert "cpu_avx2" in lines[5] and "reference" not in lines[5]
+
+
+def test_summary_counts_launches_that_differ() -> None:
+    recorder = Recorder()
+    x, y = torch.zeros(2, 3), torch.ones(2, 3)
+    for tensor in (x, y, x.T):  # the same call twice, and one with other strides
+        recorder.add("triton softmax.forward_kernel", digest((1,), (tensor, 3)), 100)
+    summary = Summary()
+    summary.add("simulated", recorder.take())
+    summary.add("interpreted", {"triton rope.turn_kernel": ([7], 0)})
+    summary.add("interpreted", {"triton rope.turn_kernel": ([7, 8], 0)})  # by another test
+    summary.add("fault_caught", ("triton rope.turn_kernel", "wrong_sign"))
+    assert recorder.take() == {}
+    rope, softmax = (line.split() for line in summary.lines()[1:])
+    assert rope == ["triton", "rope.turn_kernel", "2", "-", "-", "1:", "wrong_sign"]
+    assert softmax == ["triton", "softmax.forward_kernel", "-", "2", "300", "-"]
+    assert Summary().lines() == []

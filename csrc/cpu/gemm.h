@@ -58,7 +58,7 @@ bool gemm_many(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matri
   int64_t step = COLUMN_BLOCK;
   if (columns_cut == Cut::as_threads_need) {
     const int64_t for_rows = chunk_rows * STRIP_WORDS_A_ROW, most = for_rows < STRIP_WORDS ? for_rows : STRIP_WORDS;
-    const int64_t all = (N + PANEL - 1) / PANEL, widest = most / (PANEL_VECS * group);
+    const int64_t all = (N + PANEL - 1) / PANEL, widest = most / (PANEL_VECS * (group + 1));
     int64_t panels = widest < 1 ? 1 : widest < COLUMN_BLOCK / PANEL ? widest : COLUMN_BLOCK / PANEL;
     // As many strips for one thread as for another, and some for each, for one may be disturbed.
     int64_t strips = (all + panels - 1) / panels;

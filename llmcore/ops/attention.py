@@ -67,6 +67,7 @@ from typing import Any
 
 import torch
 
+from llmcore import gpu_table
 from llmcore.dispatch import Op, triton_candidate
 from llmcore.ops import attention_native, contract
 from llmcore.ops.attention_definition import (
@@ -436,6 +437,7 @@ OP = Op(
         *attention_native.candidates(),
     ),
     arguments=arguments,
+    shapes=gpu_table.attention_class,
 )
 
 

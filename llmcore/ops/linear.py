@@ -150,6 +150,9 @@ def samples(draw: Draw) -> Iterator[Sample]:
     yield Sample("int8_ends", (largest, pack(ends, "int8", 64)))
     # A mean far from zero, where what unsigned weights have too much is most of the sum.
     yield Sample("int8_offset", (draw.normal(3, 64) + 30.0, pack(draw.normal(9, 64), "int8", 16)))
+    # So many that a GPU's programs share them.
+    packed = pack(draw.normal(20, 512), "int8", 32)
+    yield Sample("int8_many_groups", (draw.normal(2, 512), packed, draw.normal(20)))
 
 
 def refuses(

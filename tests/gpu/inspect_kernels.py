@@ -1,6 +1,6 @@
-"""Static facts of every CUDA kernel, and what the simulator counts of its memory accesses.
+"""Static facts of every CUDA and Triton kernel, and what the simulator counts of its accesses.
 
-    python tests/gpu/inspect_kernels.py [--targets 80 90 100] [op ...]
+    python tests/gpu/inspect_kernels.py [op ...] [--kernels cuda triton] [--targets 80 gfx942 ...]
 
 No GPU is involved, and no time is measured: static facts can refute a kernel, never prove its
 speed.
@@ -9,16 +9,17 @@ speed.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import inspected_calls
 import machine_code
 import nvcc
 import simulated
@@ -27,44 +28,8 @@ from machine_code import A100, H100, Issue, count
 
 from llmcore import dispatch
 from llmcore.dispatch import REGISTRY
-from llmcore.ops.sample import Draw, Sample
 
 BF16 = torch.bfloat16
-
-
-def rows_sample(name: str, rows: int, width: int) -> Sample:
-    """A call of a row-wise op, in whole vectors."""
-    draw = Draw(0)
-    x, weight = draw.normal(rows, width), draw.normal(width)
-    arguments: dict[str, tuple[Any, ...]] = {
-        "rms_norm": (x, weight, 1e-6),
-        "layer_norm": (x, weight, weight, 1e-5),
-        "add_rms_norm": (x, x, weight, 1e-6),
-        "add_layer_norm": (x, x, weight, weight, 1e-5),
-        "softmax": (x,),
-        "cross_entropy": (x, draw.integers(0, width - 1, rows)),
-        "swiglu": (x, x),
-    }
-    return Sample(f"{rows}x{width}", arguments[name])
-
-
-def rope_sample() -> Sample:
-    draw = Draw(0)
-    return Sample("rope", (draw.normal(1, 4, 16, 128), draw.normal(16, 64), draw.normal(16, 64)))
-
-
-def attention_samples() -> Iterator[Sample]:
-    draw = Draw(0)
-    for width in (64, 128):
-        for rows, keys in ((256, 256), (1, 640)):
-            q, k = draw.normal(1, 2, rows, width), draw.normal(1, 1, keys, width)
-            yield Sample(f"{rows}x{keys}x{width}", (q, k, k), {"causal": True})
-
-
-def samples_of(name: str) -> list[Sample]:
-    if name == "attention":
-        return list(attention_samples())
-    return [rope_sample()] if name == "rope" else [rows_sample(name, 8, 2048)]
 
 
 @dataclass
@@ -102,7 +67,7 @@ def capabilities(name: str) -> list[int]:
 def count_traffic(name: str, capability: int) -> dict[str, Traffic]:
     op, library = REGISTRY[name], simulated_ops.library_of(name, capability=capability)
     library.options = {"statistics": True}
-    for sample in samples_of(name):
+    for sample in inspected_calls.samples(name):
         args, options = sample.cast(BF16, "cpu")
         floating = [
             a.requires_grad_() for a in args if torch.is_tensor(a) and a.is_floating_point()
@@ -113,7 +78,7 @@ def count_traffic(name: str, capability: int) -> dict[str, Traffic]:
         with simulated_ops.installed(library, name), dispatch.use("cuda"):
             result = op.function(*args, **options)
             outputs = result if isinstance(result, tuple) else (result,)
-            if "1x" not in sample.name[:2]:  # decoding has no gradient
+            if inspected_calls.has_gradient(name, sample):
                 torch.autograd.grad([o.sum() for o in outputs], floating)
     found: dict[str, Traffic] = {}
     for kernel, stats in library.stats:
@@ -246,7 +211,8 @@ BOUNDS = {
     f"add_rms_norm, add_layer_norm {ROWS}x{WIDTH}": (8 * ROWS * WIDTH, 0),
     f"norms backward {ROWS}x{WIDTH}": (6 * ROWS * WIDTH, 0),
     f"softmax {ROWS}x{WIDTH}": (4 * ROWS * WIDTH, 0),
-    f"swiglu {ROWS}x{WIDTH}": (6 * ROWS * WIDTH, 0),
+    f"swiglu, geglu {ROWS}x{WIDTH}": (6 * ROWS * WIDTH, 0),
+    f"gelu {ROWS}x{WIDTH}": (4 * ROWS * WIDTH, 0),
     f"cross_entropy 2048x{CLASSES}": (2 * 2048 * CLASSES, 0),
     f"attention causal 1x{HEADS}x{LENGTH}x{D}": (
         8 * HEADS * LENGTH * D,
@@ -257,6 +223,12 @@ BOUNDS = {
         7 * HEADS * LENGTH * LENGTH * D,
     ),
     f"attention decode 16x8x{LENGTH}x{D}": (16 * 8 * LENGTH * D * 4, 0),
+    f"linear int8, 1 row, {WIDTH}x{WIDTH}": (WIDTH * WIDTH, 2 * WIDTH * WIDTH),
+    f"linear int4, 1 row, {WIDTH}x{WIDTH}": (WIDTH * WIDTH // 2, 2 * WIDTH * WIDTH),
+    f"linear_cross_entropy 2048x{WIDTH}x{CLASSES}": (
+        2 * (2048 + CLASSES) * WIDTH,
+        2 * 2048 * WIDTH * CLASSES,
+    ),
 }
 
 
@@ -271,20 +243,48 @@ def rooflines() -> Iterator[str]:
         yield f"{name}: {work}; at least {', '.join(parts)}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("ops", nargs="*", default=list(simulated_ops.BINDINGS))
-    parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100])
-    options = parser.parse_args()
+def print_cuda(ops: list[str], targets: list[str]) -> None:
     if why := nvcc.why_not() or machine_code.why_not():
-        sys.exit(why)
-    print("static: read from machine code and counted in a simulator; no GPU, no time")
-    for name in options.ops:
-        for line in facts(name, options.targets):
+        print(f"CUDA kernels: not inspected, {why}")
+        return
+    print("CUDA kernels")
+    numbers = [int(target) for target in targets if target.isdigit()]
+    for name in (op for op in simulated_ops.BINDINGS if op in ops):
+        for line in facts(name, numbers):
             print(line, flush=True)
             for shortcoming in line.shortcomings():
                 print(f"    does not hold: {shortcoming}", flush=True)
-    if "attention" in options.ops:
+
+
+def print_triton(ops: list[str], targets: list[str]) -> None:
+    if why := machine_code.why_not():
+        print(f"Triton kernels: not inspected, {why}")
+        return
+    os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported: compiled, not interpreted
+    import inspect_triton
+
+    print("Triton kernels")
+    names = [f"sm_{target}" if target.isdigit() else target for target in targets]
+    for name in (op for op in ops if REGISTRY[op].candidate("triton") is not None):
+        for target in names:
+            for line in inspect_triton.facts(name, target):
+                print(line, flush=True)
+
+
+PRINTERS = {"cuda": print_cuda, "triton": print_triton}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("ops", nargs="*", default=list(REGISTRY))
+    parser.add_argument("--kernels", nargs="+", choices=PRINTERS, default=list(PRINTERS))
+    targets = ["80", "90", "100", "gfx942"]
+    parser.add_argument("--targets", nargs="+", choices=targets, default=targets)
+    options = parser.parse_args()
+    print("static: read from machine code and counted in a simulator; no GPU, no time")
+    for kind in options.kernels:
+        PRINTERS[kind](options.ops, options.targets)
+    if "cuda" in options.kernels and "attention" in options.ops:
         print(PRODUCTS)
     print("static: the least time that data sheets allow at real shapes, in bfloat16")
     for line in rooflines():

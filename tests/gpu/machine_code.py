@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FP32 = ("FADD", "FMUL", "FFMA", "FMNMX", "FSETP", "FSEL")
-TENSOR = ("HMMA", "HGMMA", "UTCHMMA")
+TENSOR = ("HMMA", "IMMA", "HGMMA", "IGMMA", "UTCHMMA")
+GLOBAL = ("LDG", "STG", "LDGSTS")
 MEMORY = ("LDG", "STG", "LDS", "STS", "LDSM", "LDGSTS", "LDL", "STL", "ATOM", "ATOMG", "RED")
 
 
@@ -205,9 +206,26 @@ def hot_loop(code: list[Block]) -> Loop:
     return best
 
 
-def bits_moved(opcodes: Counter[str]) -> int:
-    """What a thread's accesses of any memory move."""
-    return sum(n * bits_of(op) for op, n in opcodes.items() if op.split(".")[0] in MEMORY)
+def bits_moved(opcodes: Counter[str], names: tuple[str, ...] = MEMORY) -> int:
+    """What a thread's accesses of any memory, or by the named instructions, move."""
+    return sum(n * bits_of(op) for op, n in opcodes.items() if op.split(".")[0] in names)
+
+
+MULTIPLY_ADDS = {"1688": 16 * 8 * 8, "16816": 16 * 8 * 16, "16832": 16 * 8 * 32}
+"""Of a warp's HMMA or IMMA, by the modifier that says its tile."""
+
+
+def multiply_adds(opcodes: Counter[str], warps: int) -> int:
+    """Of a block's tensor instructions: HMMA and IMMA are a warp's, HGMMA is that of four."""
+    total = 0
+    for opcode, n in opcodes.items():
+        name, *modifiers = opcode.split(".")
+        if name in ("HMMA", "IMMA"):
+            total += n * warps * next(MULTIPLY_ADDS[m] for m in modifiers if m in MULTIPLY_ADDS)
+        elif name in ("HGMMA", "IGMMA"):
+            m, columns, k = map(int, modifiers[0].split("x"))
+            total += n * warps // 4 * m * columns * k
+    return total
 
 
 def bits_of(opcode: str) -> int:
@@ -218,9 +236,8 @@ def bits_of(opcode: str) -> int:
 
 def narrow_accesses(opcodes: Counter[str], bits: int = 128) -> int:
     """Global loads, stores and copies of less than so many bits."""
-    names = ("LDG", "STG", "LDGSTS")
-    wide = [n for op, n in opcodes.items() if op.split(".")[0] in names and bits_of(op) >= bits]
-    return count(opcodes, *names) - sum(wide)
+    wide = [n for op, n in opcodes.items() if op.split(".")[0] in GLOBAL and bits_of(op) >= bits]
+    return count(opcodes, *GLOBAL) - sum(wide)
 
 
 @dataclass(frozen=True)

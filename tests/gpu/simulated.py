@@ -11,7 +11,6 @@ import ctypes
 import hashlib
 import re
 import subprocess
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 import nvcc
 import ptxsim
 import torch
+from kernel_counts import Recorder, digest
 
 SPACE = 1 << 28
 GAP = 1 << 16
@@ -34,20 +34,14 @@ SIMULATE = ctypes.CFUNCTYPE(
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Codes of csrc/ops.h's Dtype."""
 
-instructions: Counter[str] = Counter()
-launches: Counter[str] = Counter()
-"""What was simulated since the start, by kernel: thread instructions, and launches."""
+executed = Recorder()
+"""What was simulated of the CUDA kernels."""
 
 
 def plain_name(kernel: str) -> str:
-    """norm_forward_kernel of its mangled name; a Triton kernel's is plain already."""
+    """norm_forward_kernel of its mangled name."""
     found = re.match(r"_ZN7llmcore4cuda(?:\d+_GLOBAL__N_\w+?)?(\d+)", kernel)
     return kernel[found.end() : found.end() + int(found.group(1))] if found else kernel
-
-
-def record(kernel: str, stats: ptxsim.Stats) -> None:
-    instructions[plain_name(kernel)] += stats.instructions
-    launches[plain_name(kernel)] += 1
 
 
 class Library:
@@ -71,6 +65,7 @@ class Library:
         self.geometry: dict[str, tuple[int, int]] = {}  # by kernel: threads, dynamic shared bytes
         self.stats: list[tuple[str, ptxsim.Stats]] = []
         self.memory = Memory()
+        self.last = ""  # the kernel launched last
         self._failure: BaseException | None = None
         self._simulate = SIMULATE(self._run)  # kept alive: C calls it
         self.capability = capability
@@ -85,6 +80,7 @@ class Library:
     def _run(self, name: bytes, grid: Any, block: Any, arguments: Any, shared: int) -> int:
         try:
             kernel = name.decode()
+            self.last = f"cuda {plain_name(kernel)}"
             module = self._module(kernel)
             params = module.ptx.functions[kernel].params
             values = [
@@ -99,7 +95,8 @@ class Library:
                 self.memory.allocations,
                 **self.options,
             )
-            record(kernel, stats)
+            launch = digest(kernel, tuple(grid.contents), tuple(block.contents), values)
+            executed.add(self.last, launch, stats.instructions)
             self.stats.append((kernel, stats))
             self.geometry[kernel] = (int(np.prod(tuple(block.contents))), shared)
             return 0

@@ -15,7 +15,7 @@ import ptxsim
 import pytest
 import simulated_ops
 import torch
-from simulated import Library, instructions, launches
+from simulated import Library, executed, plain_name
 
 from llmcore import dispatch
 from llmcore.dispatch import REGISTRY
@@ -87,9 +87,13 @@ def library_sm90() -> Library:
 
 
 def hold_sm90(dtype: str, samples: list[Sample], record_property: Any) -> None:
-    before = launches["attention_forward_sm90_kernel"]
+    before = len(library_sm90().stats)
     hold("attention", dtype, samples, record_property, library_sm90())
-    assert launches["attention_forward_sm90_kernel"] > before
+    assert "attention_forward_sm90_kernel" in kernels_since(before)
+
+
+def kernels_since(before: int) -> set[str]:
+    return {plain_name(kernel) for kernel, _ in library_sm90().stats[before:]}
 
 
 def test_cuda_kernels_attention_sm90(record_property) -> None:
@@ -118,10 +122,10 @@ def test_cuda_kernels_attention_sm90_only_where_it_fits() -> None:
     """A tensor map knows no stride of 0: keys that heads share by one go to the other kernel."""
     draw = Draw(2)
     q, k = draw.normal(1, 2, 20, 64).bfloat16(), draw.normal(1, 1, 40, 64).bfloat16()
-    before = launches.copy()
+    before = len(library_sm90().stats)
     with simulated_ops.installed(library_sm90(), "attention"), dispatch.use("cuda"):
         REGISTRY["attention"].function(q, k.expand(1, 2, 40, 64), k.expand(1, 2, 40, 64))
-    assert (launches - before).keys() == {"attention_forward_kernel"}
+    assert kernels_since(before) == {"attention_forward_kernel"}
 
 
 ROW_WISE = [name for name in simulated_ops.BINDINGS if name != "attention"]
@@ -158,12 +162,10 @@ def hold(
 ) -> None:
     """Results and gradients of the op's CUDA kernels within the yardstick, on all these."""
     op = REGISTRY[name]
-    before = instructions.copy()
+    executed.take()
     with simulated_ops.installed(launchers or library(name in OFTEN), name):
         line = verify_backend(op, "cuda", getattr(torch, dtype), samples)
-    record_property("simulated", f"{name}/cuda/{line.samples}")
-    for kernel, count in (instructions - before).items():
-        record_property("instructions", f"{kernel}/cuda/{count}")
+    record_property("simulated", executed.take())
     assert not line.failures and not line.skipped, str(line)
 
 
@@ -308,4 +310,4 @@ def test_cuda_kernels_planted_fault(name: str, record_property) -> None:
             with pytest.raises(fault.caught) as caught:
                 op.function(*args, **keywords)
             how = type(caught.value).__name__
-    record_property("fault_caught", f"{fault.op}/{name}/{how}")
+    record_property("fault_caught", (broken.last, f"{name} ({how})"))

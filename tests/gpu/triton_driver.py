@@ -1,7 +1,7 @@
 """A driver for Triton that stands in for a GPU: kernels are compiled for one, as its launcher would
 compile them, and executed in a functional simulator of PTX, or only recorded.
 
-    with on_gpu(SimulatedGPU("sm_80", execute=ptxsim.launch_triton)) as gpu:
+    with on_gpu(SimulatedGPU("sm_80", execute=simulate)) as gpu:
         llmcore.ops.rms_norm(x)             # CPU tensors
     gpu.launches                            # what was compiled and run, in order
 
@@ -38,13 +38,14 @@ SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942":
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel as `module.function`, what triton.compile made of it, its grid, and
-    its arguments without those that were compiled in."""
+    """One launch: the kernel as `module.function`, what triton.compile made of it, its grid, its
+    arguments without those that were compiled in, and the constexprs among those by name."""
 
     kernel: str
     compiled: Any
     grid: tuple[int, int, int]
     arguments: tuple[Any, ...]
+    constants: dict[str, Any]
 
 
 @dataclass
@@ -52,7 +53,7 @@ class SimulatedGPU:
     """Triton's active driver: says what it is, and hands each launch to `execute`, if given."""
 
     name: str = "sm_80"
-    execute: Callable[[Any, tuple[int, int, int], tuple[Any, ...]], Any] | None = None
+    execute: Callable[[Launch], Any] | None = None
     launches: list[Launch] = field(default_factory=list)
 
     def get_current_target(self) -> GPUTarget:
@@ -75,15 +76,16 @@ class SimulatedGPU:
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         """What runs a compiled kernel: (grid, ..., arguments of the function, constexprs too)."""
         kinds = tuple(source.signature.values())
-        function = source.fn.fn
+        function, names = source.fn.fn, source.fn.arg_names
+        constants = {names[p[0]]: v for p, v in source.constants.items() if len(p) == 1}
         kernel = f"{function.__module__.rsplit('.', 1)[-1]}.{function.__name__}"
 
         def run(*call: Any) -> None:
             grid, arguments = call[:3], tuple(passed(kinds, call[-len(kinds) :]))
-            launch = Launch(kernel, self.compiled(source, metadata), grid, arguments)
+            launch = Launch(kernel, self.compiled(source, metadata), grid, arguments, constants)
             self.launches.append(launch)
             if self.execute is not None:
-                self.execute(launch.compiled, grid, arguments)
+                self.execute(launch)
 
         return run
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_interpreter import round_to_nearest
+from triton_interpreter import executed, prepare
 
 from llmcore import device, dispatch, native
 from llmcore.dispatch import BACKENDS, REGISTRY, BackendError, Op
@@ -48,7 +48,7 @@ def skip_unless_it_runs(op: Op, backend: str) -> None:
 
 def device_of(backend: str) -> str:
     if backend == "triton" and device.triton_is_interpreted():
-        round_to_nearest()
+        prepare()
         return "cpu"
     return "cuda" if backend in ("cuda", "triton") else "cpu"
 
@@ -95,7 +95,9 @@ def test_registry_kernel_passes_the_yardstick(
     skip_unless_it_runs(op, backend)
     if device_of(backend) == "cpu" and backend == "triton":  # slowly: half of the samples, in turn
         part = slice(native.DTYPES.index(dtype), None, 2 * len(native.DTYPES))
+        executed.take()
         hold_to_the_yardstick(op, backend, dtype, part, SEEDS[:1])
+        record_property("interpreted", executed.take())
     else:
         hold_to_the_yardstick(op, backend, dtype)
 
@@ -103,13 +105,17 @@ def test_registry_kernel_passes_the_yardstick(
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", native.DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("name", OPS)
-def test_registry_interpreted_kernel_passes_the_yardstick(name: str, dtype: torch.dtype) -> None:
+def test_registry_interpreted_kernel_passes_the_yardstick(
+    name: str, dtype: torch.dtype, record_property: Any
+) -> None:
     """Every sample in every dtype, of Triton's kernels where they run in its interpreter."""
     op = REGISTRY[name]
     skip_unless_it_runs(op, "triton")
     if device_of("triton") != "cpu":
         pytest.skip("Triton's kernels run on a GPU here")
+    executed.take()
     hold_to_the_yardstick(op, "triton", dtype)
+    record_property("interpreted", executed.take())
 
 
 def hold_to_the_yardstick(

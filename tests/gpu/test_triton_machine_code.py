@@ -1,0 +1,151 @@
+"""What the Triton kernels' machine code and memory accesses must be like: static facts, no time."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import amd_code
+import machine_code
+import pytest
+
+from llmcore.dispatch import REGISTRY
+
+MISSING = (
+    "" if importlib.util.find_spec("triton") else "the package triton is not installed"
+) or machine_code.why_not()
+needs_tools = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+PRODUCTS = ("attention", "attention_varlen", "paged_attention", "linear", "linear_cross_entropy")
+ROW_WISE = [
+    name for name, op in REGISTRY.items() if op.candidate("triton") and name not in PRODUCTS
+]
+
+
+@functools.cache
+def facts(name: str, target: str) -> tuple[dict[str, Any], ...]:
+    """What inspect_triton.py prints of an op's kernels."""
+    script = Path(__file__).with_name("inspect_triton.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, str(script), name, "--json", "--targets", target]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return tuple(map(json.loads, run.stdout.splitlines()))
+
+
+def test_amd_code_reads_registers_and_the_hot_loop() -> None:
+    code = amd_code.read(
+        """
+kernel:
+\ts_load_dwordx2 s[0:1], s[2:3], 0x0
+.LBB0_1:
+\tglobal_load_dwordx4 v[0:3], v4, s[0:1]
+\tglobal_load_ushort v5, v4, s[0:1]
+.LBB0_2:
+\tv_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1], v[2:3], a[0:15]
+\tscratch_load_dword v6, off, off
+\ts_cbranch_scc1 .LBB0_2
+\ts_cbranch_scc0 .LBB0_1
+\ts_endpgm
+\t.section\t.rodata
+    .private_segment_fixed_size: 12
+    .vgpr_count:     100
+"""
+    )
+    assert (code.vector_registers, code.local) == (100, 12)
+    assert sum(code.loop.values()) == 6  # as many products in both loops: the one with the loads
+    assert amd_code.multiply_adds(code.loop, 4) == 4 * 32 * 32 * 8
+    assert amd_code.count(code.loop, "scratch_") == 1
+    assert amd_code.bytes_moved(code.loop) == 18 and amd_code.narrow_accesses(code.loop) == 1
+    assert amd_code.occupancy(code, 20000, 4) == 12  # 16 by registers, 3 blocks by shared memory
+
+
+def test_machine_code_multiply_adds() -> None:
+    warp = Counter({"HMMA.16816.F32.BF16": 2, "HMMA.1688.F32.TF32": 1, "IMMA.16832.S8.S8": 1})
+    assert machine_code.multiply_adds(warp, 4) == 4 * 16 * 8 * (2 * 16 + 8 + 32)
+    group = Counter({"HGMMA.64x128x16.F32.BF16": 3, "LDS.128": 1})
+    assert machine_code.multiply_adds(group, 8) == 2 * 3 * 64 * 128 * 16
+
+
+LOW_BOUND = ("attention.combine_kernel", "attention_backward.delta_kernel")
+"""Few bytes, beside kernels that move or multiply far more."""
+
+
+@needs_tools
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_triton_machine_code_products(name: str, target: str) -> None:
+    """Products as counted by hand, nothing spilled in the loop, full width, no atomics."""
+    for fact in facts(name, target):
+        kernel, title = fact["kernel"].split()[0], (fact["kernel"], target)
+        assert fact["local_in_loop"] == 0 and fact["atomics"] == 0, title
+        if not fact["macs_by_hand"] or kernel in LOW_BOUND:
+            continue
+        # A tile of 16 rows is less than what one wave of AMD's multiplies at once.
+        if not (target == "gfx942" and " M=16" in fact["kernel"]):
+            assert fact["macs"] == fact["macs_by_hand"], title
+        assert fact["occupancy"] >= (4 if target == "gfx942" else 8), title
+        if target != "gfx942":
+            assert fact["narrow"] <= narrow_by_design(kernel, name), title
+        if target == "sm_80":
+            # lse and delta, and the last of the columns of a part, are single floats.
+            assert fact["coalescing"] >= 0.95, title
+
+
+def narrow_by_design(kernel: str, name: str) -> int:
+    """Loads of less than 128 bits in the loop: a row's lse and delta, a group's scales and sums, a
+    key's page."""
+    if name == "paged_attention":
+        return 9
+    return {"attention_backward.key_kernel": 2, "linear.product_kernel": 4}.get(kernel, 0)
+
+
+@needs_tools
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["attention", "linear_cross_entropy"])
+def test_triton_machine_code_tensor_cores_are_the_bound(name: str) -> None:
+    """In a scheduler's issue model of sm_80, where mma.sync has 32 rows a warp."""
+    found = {fact["kernel"]: fact["bound"] for fact in facts(name, "sm_80")}
+    expected = {
+        "attention": ("forward_kernel D=64 M=128", "forward_kernel D=128 M=128"),
+        "linear_cross_entropy": ("forward_kernel M=128", "gradient_kernel M=128"),
+    }
+    assert all(found[f"{name}.{kernel}"] == "tensor" for kernel in expected[name]), found
+
+
+@needs_tools
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ROW_WISE)
+def test_triton_machine_code_row_wise(name: str, target: str) -> None:
+    hold_row_wise(name, target)
+
+
+@needs_tools
+def test_triton_machine_code_softmax() -> None:
+    hold_row_wise("softmax", "sm_80")
+
+
+def hold_row_wise(name: str, target: str) -> None:
+    """128 bits an access, nothing spilled, no conflicts, a quarter of the warps at least."""
+    found = facts(name, target)
+    assert found
+    for fact in found:
+        title = fact["kernel"], target
+        assert fact["local"] == 0 and fact["atomics"] == 0, title
+        assert fact["occupancy"] >= 16, title
+        if target != "gfx942":  # whose compiler takes 64 bits where a block is small
+            # cross_entropy's backward reads four numbers of its row, the same for all threads.
+            numbers = 4 if fact["kernel"] == "cross_entropy.backward_kernel" else 0
+            assert fact["narrow"] == numbers, title
+        if target == "sm_80":
+            assert fact["conflicts"] == 0 and fact["coalescing"] == 1.0, title
