@@ -12,6 +12,7 @@ namespace llmcore {
 namespace {
 
 constexpr int64_t SMALL = int64_t{64} << 10;  // the C library keeps these itself
+constexpr int64_t PAGE = 4096;
 constexpr int64_t HUGE_PAGE = int64_t{2} << 20;
 
 int64_t kept_bytes() {
@@ -38,36 +39,55 @@ std::unique_lock<std::mutex> locked_soon() {
   return lock;
 }
 
-// Sizes in eighths of a power of two, so that a block serves requests of about its size.
-int64_t block_size(int64_t bytes) {
-  int64_t step = 64;
-  while (step * 16 < bytes) step *= 2;
-  return (bytes + step - 1) / step * step;
+// As much of a large block in huge pages as there is without taking more: mapped by itself, for the C library would
+// hand such pages on.
+#if defined(__linux__)
+bool is_mapped(int64_t bytes) { return bytes >= HUGE_PAGE; }
+
+void* map(int64_t bytes) {
+  const size_t whole = size_t(bytes + HUGE_PAGE);
+  void* start = mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (start == MAP_FAILED) return nullptr;
+  char* const first = static_cast<char*>(start);
+  const size_t before = size_t(-reinterpret_cast<uintptr_t>(first) % uintptr_t(HUGE_PAGE));
+  if (before > 0) munmap(first, before);
+  munmap(first + before + bytes, whole - before - size_t(bytes));
+  madvise(first + before, size_t(bytes / HUGE_PAGE * HUGE_PAGE), MADV_HUGEPAGE);
+  return first + before;
+}
+void unmap(Memory memory) { munmap(memory.data, size_t(memory.bytes)); }
+#else
+bool is_mapped(int64_t) { return false; }
+void* map(int64_t) { return nullptr; }
+void unmap(Memory) {}
+#endif
+
+Memory allocate(int64_t bytes) {
+  return {is_mapped(bytes) ? map(bytes) : std::aligned_alloc(64, size_t(bytes)), bytes};
 }
 
-// As much of it in huge pages as there is without taking more.
-Memory allocate(int64_t bytes) {
-  if (bytes < HUGE_PAGE) return {std::aligned_alloc(64, size_t(bytes)), bytes};
-  void* data = std::aligned_alloc(HUGE_PAGE, size_t(bytes));
-#if defined(__linux__)
-  if (data != nullptr) madvise(data, size_t(bytes / HUGE_PAGE * HUGE_PAGE), MADV_HUGEPAGE);
-#endif
-  return {data, bytes};
+void release(Memory memory) {
+  if (memory.data != nullptr && is_mapped(memory.bytes)) return unmap(memory);
+  std::free(memory.data);
 }
 
 }  // namespace
 
 Memory borrow_scratch(int64_t bytes) {
-  const int64_t size = block_size(bytes < 64 ? 64 : bytes);
+  const int64_t unit = bytes > SMALL ? PAGE : 64, size = (bytes + unit - 1) / unit * unit;
   if (size > SMALL && size <= kept_bytes()) {
     const auto lock = locked_soon();
     auto& blocks = pool().blocks;
-    for (auto block = blocks.rbegin(); lock && block != blocks.rend(); ++block) {
-      if (block->bytes < size || block->bytes > 2 * size) continue;
-      const Memory found = *block;
-      blocks.erase(std::next(block).base());
-      pool().bytes -= found.bytes;
-      return found;
+    auto found = blocks.end();  // the smallest, unless it is much too large
+    for (auto block = blocks.begin(); lock && block != blocks.end(); ++block) {
+      if (block->bytes < size || block->bytes > 8 * size) continue;
+      if (found == blocks.end() || block->bytes < found->bytes) found = block;
+    }
+    if (found != blocks.end()) {
+      const Memory memory = *found;
+      blocks.erase(found);
+      pool().bytes -= memory.bytes;
+      return memory;
     }
   }
   return allocate(size);
@@ -80,19 +100,19 @@ void return_scratch(Memory memory) {
       auto& blocks = pool().blocks;
       for (; pool().bytes + memory.bytes > kept_bytes(); blocks.pop_front()) {
         pool().bytes -= blocks.front().bytes;
-        std::free(blocks.front().data);
+        release(blocks.front());
       }
       blocks.push_back(memory);
       pool().bytes += memory.bytes;
       return;
     }
   }
-  std::free(memory.data);
+  release(memory);
 }
 
 void release_scratch() {
   const std::lock_guard lock(pool().mutex);
-  for (const Memory& block : pool().blocks) std::free(block.data);
+  for (const Memory& block : pool().blocks) release(block);
   pool().blocks.clear();
   pool().bytes = 0;
 }

@@ -56,7 +56,7 @@ def attention_sample(length: int) -> Sample:
 
 def grows_linearly(backend: str, make: Make) -> bool:
     """Whether twice the length takes no more than twice the memory."""
-    half, whole = (extra(backend, ops.attention, make, attention_sample(n)) for n in (1024, 2048))
+    half, whole = (extra(backend, ops.attention, make, attention_sample(n)) for n in (2048, 4096))
     return whole <= 2 * half + NOISE
 
 

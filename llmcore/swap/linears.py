@@ -15,7 +15,7 @@ from llmcore.swap.structure import Found, agrees, draw, own_tensors, takes_one_t
 
 
 class Linear(Swapped):
-    """x Wᵀ + b, where the kernels are the faster: at inference, and with a packed weight."""
+    """x Wᵀ + b, with a weight of x's dtype or a packed one."""
 
     _llmcore_packed: PackedWeight | None
 
@@ -27,8 +27,7 @@ class Linear(Swapped):
         weight, bias = parameters["weight"], parameters.get("bias")
         if self._llmcore_packed is not None:
             return ops.linear(x, self._llmcore_packed, bias)
-        # torch's product is as fast on many rows, and its gradient is a little faster than ours.
-        if contract.wants_gradient(x, weight, bias) or x.dtype != weight.dtype:
+        if x.dtype != weight.dtype:
             return super().forward(x)  # type: ignore[misc]
         return ops.linear(x, weight, bias)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmcore import ops
@@ -75,14 +74,14 @@ class MultiheadAttention(Swapped):
         if not own.batch_first:
             inputs = [x.transpose(0, 1) for x in inputs]
         if own._qkv_same_embed_dim and alike:
-            parts = list(product(inputs[0], own.in_proj_weight, own.in_proj_bias).chunk(3, -1))
+            parts = list(ops.linear(inputs[0], own.in_proj_weight, own.in_proj_bias).chunk(3, -1))
         else:
             if own._qkv_same_embed_dim:
                 weights = own.in_proj_weight.chunk(3)
             else:
                 weights = (own.q_proj_weight, own.k_proj_weight, own.v_proj_weight)
             biases = (None,) * 3 if own.in_proj_bias is None else own.in_proj_bias.chunk(3)
-            parts = [product(*part) for part in zip(inputs, weights, biases, strict=True)]
+            parts = [ops.linear(*part) for part in zip(inputs, weights, biases, strict=True)]
         return [x.unflatten(-1, (own.num_heads, own.head_dim)).transpose(1, 2) for x in parts]
 
     def _mask(
@@ -108,13 +107,6 @@ def _added(mask: Tensor, like: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, float("-inf"))
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """torch's product where a gradient is wanted, for it is a little faster there; or ours."""
-    if contract.wants_gradient(x, weight, bias):
-        return F.linear(x, weight, bias)
-    return ops.linear(x, weight, bias)
 
 
 def multihead_attention(module: nn.Module) -> Found:
