@@ -67,9 +67,10 @@ bool gemm_many(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matri
     step = panels * PANEL;
   }
   const int64_t strips = (N + step - 1) / step, strip_groups = (step + LANES - 1) / LANES;
-  // One piece of memory, the threads' strips first: where they lie in huge pages, no sets of the second cache are
-  // crowded.
-  const int64_t strip_words = (strip_groups * group + STACK_SLOT * CHAINS_LOG2 + ROW_BLOCK * step) | LANES;
+  // One piece of memory, the threads' strips first.
+  constexpr int64_t UNIT = int64_t{1} << 15;  // words of a way of the second cache
+  const int64_t used = strip_groups * group + STACK_SLOT * CHAINS_LOG2 + ROW_BLOCK * step;
+  const int64_t strip_words = (used + UNIT - 1) / UNIT * UNIT;
   const Scratch memory(threads * strip_words + chunk_rows / LANES * group);
   if (!memory.ok()) return false;
   float* const chunk = memory.data() + threads * strip_words;
