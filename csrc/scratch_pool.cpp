@@ -19,6 +19,7 @@ int64_t kept_bytes() {
   static const int64_t bytes = (int64_t{32} << 20) + std::thread::hardware_concurrency() * (int64_t{4} << 20);
   return bytes;
 }
+bool is_kept(int64_t bytes) { return bytes > SMALL && bytes <= kept_bytes(); }
 
 // Blocks that nobody has, the longest unused first.
 struct Pool {
@@ -75,7 +76,7 @@ void release(Memory memory) {
 
 Memory borrow_scratch(int64_t bytes) {
   const int64_t unit = bytes > SMALL ? PAGE : 64, size = (bytes + unit - 1) / unit * unit;
-  if (size > SMALL && size <= kept_bytes()) {
+  if (is_kept(size)) {
     const auto lock = locked_soon();
     auto& blocks = pool().blocks;
     auto found = blocks.end();  // the smallest, unless it is much too large
@@ -94,7 +95,7 @@ Memory borrow_scratch(int64_t bytes) {
 }
 
 void return_scratch(Memory memory) {
-  if (memory.bytes > SMALL && memory.bytes <= kept_bytes() && memory.data != nullptr) {
+  if (is_kept(memory.bytes) && memory.data != nullptr) {
     const auto lock = locked_soon();
     if (lock) {
       auto& blocks = pool().blocks;

@@ -16,7 +16,8 @@ def run(args: argparse.Namespace) -> int:
     if unknown:
         print(f"ops: got {unknown[0]!r}, expected one of {', '.join(table)}")
         return 2
-    print(dispatch.Backends({op: table[op] for op in args.ops or table}))
+    ops = args.ops or list(table)
+    print(dispatch.Backends({op: table[op] for op in ops}))
     if dispatch.forced is not None:
         print(f"{dispatch.forced} is forced on every call")
         return 0
@@ -25,10 +26,10 @@ def run(args: argparse.Namespace) -> int:
     for kind, title in kinds.items():
         print(f"{title} go to the first of these that does not refuse the call:")
         orders: dict[str, list[str]] = {}
-        for op in args.ops or table:
+        for op in ops:
             orders.setdefault(", ".join(dispatch.order(op, kind)), []).append(op)
-        for order, ops in orders.items():
-            print(f"    {order}: {', '.join(ops)}")
+        for order, those in orders.items():
+            print(f"    {order}: {', '.join(those)}")
     if gpu:
         print(f"no CUDA tensors: {gpu}")
     return 0

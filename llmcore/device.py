@@ -57,8 +57,9 @@ def _name_of_gpu(index: int | None) -> str:
 
 def gpu_name(x: torch.Tensor | None) -> str:
     """The name of the GPU that a tensor is on, "" for any other."""
-    on_gpu = x is not None and x.is_cuda and cuda_reason() is None
-    return _name_of_gpu(x.device.index) if x is not None and on_gpu else ""
+    if x is None or not x.is_cuda or cuda_reason() is not None:
+        return ""
+    return _name_of_gpu(x.device.index)
 
 
 def cuda_kernels_reason() -> str:

@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 
-from llmcore import native
+from llmcore import device
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which("g++")
@@ -69,8 +69,7 @@ def levels() -> list[str]:
 
 
 def best_level() -> str:
-    lacks = {} if native.module is None else native.module.levels()
-    return next((level for level in levels() if lacks.get(level) == ""), "portable")
+    return device.best_cpu_level() or "portable"
 
 
 def run_clean(program: Path, must_run: str = "portable", **variables: str) -> None:

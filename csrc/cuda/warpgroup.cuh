@@ -110,6 +110,14 @@ __device__ inline uint64_t operand(uint32_t address, int panel_bytes) {
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
   "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
+// An instruction is text: `multiply` makes it of the name that PTX has for T.
+#define LLMCORE_BY_TYPE(T, multiply)           \
+  if constexpr (std::is_same_v<T, bfloat16>) { \
+    multiply("bf16");                          \
+  } else {                                     \
+    multiply("f16");                           \
+  }
+
 // c = a b^T or, when `add`, c += a b^T over 16 columns: a 64 rows and b 128 rows of panels.
 template <typename T>
 __device__ void multiply_rows_async(float (&c)[16][4], uint64_t a, uint64_t b, bool add) {
@@ -120,11 +128,7 @@ __device__ void multiply_rows_async(float (&c)[16][4], uint64_t a, uint64_t b, b
       "}, %64, %65, add, 1, 1, 0, 0;\n}"                                                 \
       : LLMCORE_C32(c, 0), LLMCORE_C32(c, 8)                                             \
       : "l"(a), "l"(b), "r"(int(add)))
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    LLMCORE_MULTIPLY("bf16");
-  } else {
-    LLMCORE_MULTIPLY("f16");
-  }
+  LLMCORE_BY_TYPE(T, LLMCORE_MULTIPLY)
 #undef LLMCORE_MULTIPLY
 }
 
@@ -138,11 +142,7 @@ __device__ void multiply_columns_async(float (&c)[8][4], const uint32_t (&a)[4],
       "}, {%32, %33, %34, %35}, %36, add, 1, 1, 1;\n}"                                  \
       : LLMCORE_C32(c, 0)                                                               \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1))
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    LLMCORE_MULTIPLY("bf16");
-  } else {
-    LLMCORE_MULTIPLY("f16");
-  }
+  LLMCORE_BY_TYPE(T, LLMCORE_MULTIPLY)
 #undef LLMCORE_MULTIPLY
 }
 template <typename T>
@@ -154,14 +154,11 @@ __device__ void multiply_columns_async(float (&c)[16][4], const uint32_t (&a)[4]
       "}, {%64, %65, %66, %67}, %68, add, 1, 1, 1;\n}"                                   \
       : LLMCORE_C32(c, 0), LLMCORE_C32(c, 8)                                             \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1))
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    LLMCORE_MULTIPLY("bf16");
-  } else {
-    LLMCORE_MULTIPLY("f16");
-  }
+  LLMCORE_BY_TYPE(T, LLMCORE_MULTIPLY)
 #undef LLMCORE_MULTIPLY
 }
 
+#undef LLMCORE_BY_TYPE
 #undef LLMCORE_C4
 #undef LLMCORE_C16
 #undef LLMCORE_C32

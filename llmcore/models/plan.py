@@ -122,10 +122,10 @@ class Plan:
             tokens=new,
             start=0 if starts is not None else span.q_offset,
             end=span.end,
-            starts=_address(starts),
-            positions=_address(positions),
-            kv_lengths=_address(span.kv_lengths),
-            last=_address(last),
+            starts=address(starts),
+            positions=address(positions),
+            kv_lengths=address(span.kv_lengths),
+            last=address(last),
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
             window_cos=window_cos.data_ptr(),
@@ -134,7 +134,7 @@ class Plan:
             kv_dtype=_kv_dtype(cache),
             cache_strides=cache.keys[0].stride()[:3],
             scale_strides=scales[0].stride() if (scales := cache.buffers.key_scales) else (0, 0, 0),
-            page_table=_address(table),
+            page_table=address(table),
             page_columns=0 if table is None else table.shape[1],
             page_length=getattr(cache, "page_length", 0),
         )
@@ -292,7 +292,8 @@ def _dtype(dtype: torch.dtype) -> Any:
     return getattr(native.module.Dtype, str(dtype).removeprefix("torch."))
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """Where the tensor lies, 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
 
 

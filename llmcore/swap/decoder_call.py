@@ -37,7 +37,6 @@ def call_of(model: nn.Module, arguments: Mapping[str, Any]) -> Call | None:
         cache = named.pop(name, None) if cache is None else cache
     wanted = named.get("use_cache")
     is_kept = cache is not None or bool(config.use_cache if wanted is None else wanted)
-    cache = new_cache(config) if cache is None else cache
     mask, positions = named.pop("attention_mask", None), named.pop("position_ids", None)
     keep = named.pop("logits_to_keep", 0)
     for name, value in named.items():
@@ -49,6 +48,7 @@ def call_of(model: nn.Module, arguments: Mapping[str, Any]) -> Call | None:
         return None
     if ids.device.type != "cpu" or type(keep) is not int or keep not in (0, 1):
         return None
+    cache = new_cache(config) if cache is None else cache
     windows = windows_of(cache)
     if windows is None:
         return None

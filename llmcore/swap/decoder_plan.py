@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcore import native
-from llmcore.models.plan import Plan
+from llmcore.models.plan import Plan, address
 from llmcore.models.transformer import Decoder
 from llmcore.swap.decoder_cache import Held
 from llmcore.swap.decoder_parts import Unfit, angles, has_window_angles
@@ -99,7 +99,3 @@ class SharedPlan(Plan):
             page_columns=0 if slots.table is None else 1,
             page_length=0 if slots.table is None else buffers.capacity,
         )
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
