@@ -197,6 +197,7 @@ class NinjaBuild(build_ext):
         csrc = ROOT / "csrc"
         compile_to("levels", csrc / "levels.cpp", [])
         compile_to("scratch_pool", csrc / "scratch_pool.cpp", [])
+        compile_to("exchange", csrc / "exchange.cpp", [])
         compile_to("module", csrc / "module.cpp", [*binding, *reason])
         compile_to("decoder_plan", csrc / "decoder_plan.cpp", binding)
         for source in sorted((csrc / "register").glob("*.cpp")):

@@ -123,7 +123,9 @@ def run(args: argparse.Namespace) -> int:
         return gpu.run(args)
     if len(args.ops) == 1 and args.ops[0] in WHOLE:
         print_machine(machine.describe())
-        return WHOLE[args.ops[0]].run(args, (args.threads or (machine.cores(),))[0])
+        status = WHOLE[args.ops[0]].run(args, (args.threads or (machine.cores(),))[0])
+        print_apart(machine.apart())
+        return status
     unknown = [name for name in args.ops if name not in known]
     if unknown:
         print(f"ops: got {unknown[0]!r}, expected one of {', '.join((*known, *WHOLE))}")
@@ -146,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
             show_overhead(found, chosen, settings.plan)
     finally:  # what an interrupted run has measured is kept
         torch.set_num_threads(before)
+        print_apart(machine.apart())
         finish(found, args)
     return 1 if found.failed else 0
 
@@ -175,6 +178,15 @@ def print_machine(found: dict[str, Any]) -> None:
     print(f"{versions}, commit {found['commit'] or 'unknown'}")
     if found["load"] is not None and found["load"] > 0.5:
         print(f"other processes are busy (load {found['load']}): expect noise")
+    print_apart(found["apart_ns"])
+
+
+def print_apart(found: tuple[float, float] | None) -> None:
+    """Printed before a run and after it, for it may have changed."""
+    if found is not None:
+        low, high = (f"{nanoseconds:.0f}" for nanoseconds in found)
+        distance = low if low == high else f"{low} to {high}"
+        print(f"cores are {distance} ns apart (a cache line from one to another)")
 
 
 def show_roofline(found: report.Report, threads: tuple[int, ...], plan: Plan) -> None:

@@ -30,6 +30,22 @@ def load() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
+def apart() -> tuple[float, float] | None:
+    """Nanoseconds that a cache line takes from one of our CPUs to the others: the least, the most.
+
+    Cores that share a cache are some ten apart, those of other sockets some hundreds. A virtual
+    machine's CPUs may move between the two, and products of matrices with them, by a sixth. None
+    where there is one CPU, or it cannot be measured.
+    """
+    if native.module is None or not hasattr(os, "sched_getaffinity"):
+        return None
+    one, *others = sorted(os.sched_getaffinity(0))[:16]
+    found = [
+        1e9 * min(native.module.exchange_seconds(one, cpu) for _ in range(3)) for cpu in others
+    ]
+    return (min(found), max(found)) if found and min(found) >= 0 else None
+
+
 def is_checkout() -> bool:
     """Whether these benchmarks run from a source tree."""
     return (CHECKOUT / "csrc" / "ops.h").is_file()
@@ -77,6 +93,7 @@ def describe() -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "load": load(),
+        "apart_ns": apart(),
     }
 
 

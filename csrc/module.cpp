@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "exchange.h"
 #include "levels.h"
 #include "scratch_pool.h"
 
@@ -30,5 +31,7 @@ PYBIND11_MODULE(_native, m) {
       "Results from this size on are stored past the caches; returns what it was. For tests.");
   m.def("release_scratch", llmcore::release_scratch,
         "Give the scratch memory that is kept between calls back to the system.");
+  m.def("exchange_seconds", llmcore::exchange_seconds, py::call_guard<py::gil_scoped_release>(),
+        "Seconds that a cache line takes from one CPU to another; negative where that cannot be measured.");
   llmcore::bind_decoder_plan(m);
 }

@@ -28,6 +28,7 @@ from llmcore import dispatch, native
 from llmcore.benchmarks import (
     cases,
     contest,
+    machine,
     memory,
     report,
     roofline,
@@ -300,3 +301,12 @@ def test_bench_roofline_probes_do_what_they_say() -> None:
 def test_bench_data_sets_take_turns() -> None:
     calls = roofline.in_turn([lambda: 1, lambda: 2, lambda: 3])
     assert [calls() for _ in range(5)] == [1, 2, 3, 1, 2]
+
+
+@needs_native
+def test_bench_cores_are_some_nanoseconds_apart() -> None:
+    """Between a nanosecond and a time slice; where nothing can be measured there is no figure."""
+    found = machine.apart()
+    assert found is None if machine.cores() == 1 else 1 < found[0] <= found[1] < 1e7
+    assert native.module.exchange_seconds(0, 0) < 0
+    assert native.module.exchange_seconds(0, 1 << 20) < 0

@@ -17,7 +17,9 @@ constexpr int64_t COLUMN_BLOCK = 512;
 constexpr int64_t FEW_ROWS = 32;
 constexpr int64_t STRIP_WORDS = int64_t{1} << 20;  // of B, packed by each thread,
 constexpr int64_t STRIP_WORDS_A_ROW = 1024;        // or less: for few rows it stays in the second cache
-constexpr int64_t CHUNK_WORDS = int64_t{1} << 20;  // of A, packed by all of them
+// Of A, packed by all of them: strips are packed anew for each chunk, so that a large result, beside which the memory
+// is little, gets large ones.
+constexpr int64_t CHUNK_WORDS = int64_t{1} << 20, LARGEST_CHUNK_WORDS = int64_t{1} << 21;
 
 enum class Cut { as_threads_need, whole_blocks };
 
@@ -61,7 +63,10 @@ bool gemm_many(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matri
                Cut columns_cut, int64_t threads) {
   const DepthCut cut = b.depth == 1 ? AS_FEW_ROWS : ONE_CHAIN;
   const int64_t group = group_words<Products>(K, cut);
-  const int64_t blocks_in_chunk = CHUNK_WORDS / (ROW_BLOCK / LANES * (group + 1)) + 1;
+  const int64_t chunk_words = M * N < CHUNK_WORDS           ? CHUNK_WORDS
+                              : M * N < LARGEST_CHUNK_WORDS ? M * N
+                                                            : LARGEST_CHUNK_WORDS;
+  const int64_t blocks_in_chunk = chunk_words / (ROW_BLOCK / LANES * (group + 1)) + 1;
   const int64_t chunk_rows =
       M < blocks_in_chunk * ROW_BLOCK ? (M + LANES - 1) / LANES * LANES : blocks_in_chunk * ROW_BLOCK;
   int64_t step = COLUMN_BLOCK;
@@ -70,11 +75,10 @@ bool gemm_many(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matri
     step = strip_columns(N, most / (group + 1) * LANES, threads);
   }
   const int64_t strips = (N + step - 1) / step, strip_groups = (step + LANES - 1) / LANES;
-  // One piece of memory, the threads' strips first, each a whole number of the second cache's ways from the next:
-  // measured, not understood. At other distances large gradients were a fifth slower in more of the processes.
-  constexpr int64_t UNIT = int64_t{1} << 15;  // words of a way
+  // One piece of memory, the threads' strips first, which share no page.
+  constexpr int64_t PAGE = 1024;  // words
   const int64_t used = strip_groups * group + STACK_SLOT * CHAINS_LOG2 + ROW_BLOCK * step;
-  const int64_t strip_words = (used + UNIT - 1) / UNIT * UNIT;
+  const int64_t strip_words = (used + PAGE - 1) / PAGE * PAGE;
   const Scratch memory(threads * strip_words + chunk_rows / LANES * group);
   if (!memory.ok()) return false;
   float* const chunk = memory.data() + threads * strip_words;
