@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmcore import native
 from llmcore.models import Decoder, KVCache
-from llmcore.swap.decoder import cache_argument
+from llmcore.swap.decoder_trace import cache_argument
 
 OURS, HUGGING_FACE, LLAMA_CPP, OTHERS = "llmcore", "Hugging Face", "llama.cpp", "other library"
 """Whose an engine is."""

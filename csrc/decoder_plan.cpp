@@ -132,19 +132,22 @@ void bind_decoder_plan(py::module_& m) {
   py::class_<DecoderPlan>(m, "DecoderPlan", "csrc/ops.h, DecoderWeights; addresses must stay valid.")
       .def(py::init([](int64_t level, LinearWeight embedding, LinearWeight head, Address position_embedding,
                        std::vector<DecoderLayer> layers, NormWeight norm, int64_t width, int64_t heads,
-                       int64_t kv_heads, int64_t head_width, float eps, float scale, float softcap,
-                       float embedding_scale, bool plus_one, Activation activation, Dtype dtype) {
+                       int64_t kv_heads, int64_t head_width, int64_t rotary_width, float eps, float scale,
+                       float softcap, float embedding_scale, bool plus_one, bool parallel, bool interleaved_heads,
+                       Activation activation, Dtype dtype) {
              DecoderWeights w{};
              w.embedding = embedding, w.head = head, w.position_embedding = at<void>(position_embedding);
              w.norm = norm, w.width = width, w.heads = heads, w.kv_heads = kv_heads, w.head_width = head_width;
+             w.rotary_width = rotary_width, w.parallel = parallel, w.interleaved_heads = interleaved_heads;
              w.eps = eps, w.scale = scale, w.softcap = softcap, w.embedding_scale = embedding_scale;
              w.plus_one = plus_one, w.activation = activation, w.dtype = dtype;
              return std::make_unique<DecoderPlan>(level, w, std::move(layers));
            }),
            py::kw_only(), py::arg("level"), py::arg("embedding"), py::arg("head"), py::arg("position_embedding"),
            py::arg("layers"), py::arg("norm"), py::arg("width"), py::arg("heads"), py::arg("kv_heads"),
-           py::arg("head_width"), py::arg("eps"), py::arg("scale"), py::arg("softcap"), py::arg("embedding_scale"),
-           py::arg("plus_one"), py::arg("activation"), py::arg("dtype"))
+           py::arg("head_width"), py::arg("rotary_width"), py::arg("eps"), py::arg("scale"), py::arg("softcap"),
+           py::arg("embedding_scale"), py::arg("plus_one"), py::arg("parallel"), py::arg("interleaved_heads"),
+           py::arg("activation"), py::arg("dtype"))
       .def(
           "forward",
           [](const DecoderPlan& plan, Address ids, Address logits, int64_t batch, int64_t tokens, int64_t start,

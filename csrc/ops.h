@@ -479,8 +479,11 @@ struct DecoderWeights {
   const DecoderLayer* layers;
   NormWeight norm;
   int64_t layer_count, width, heads, kv_heads, head_width;
+  int64_t rotary_width;                        // R: so many of a head's first values are turned, in halves
   float eps, scale, softcap, embedding_scale;  // scale and softcap (0: none) of the scores
   bool plus_one;                               // RMS norms multiply by 1 + weight
+  bool parallel;                               // the feed-forward network reads the same stream as attention
+  bool interleaved_heads;                      // qkv's rows are query, key and value of a head, then of the next one
   Activation activation;
   Dtype dtype;  // of the activations
 };
@@ -500,7 +503,7 @@ struct DecoderCache {
 
 // Logits of the T new tokens of B sequences, whose keys and values go into the cache: those of token t of sequence b to
 // slot starts[b] + t, its position being positions[b] + t. logits (B, T, V) or, with `last` (B), those of the tokens
-// last[b] only, (B, V). cos and sin: of every position from 0 on, float32 (positions, D / 2); window_cos and window_sin
+// last[b] only, (B, V). cos and sin: of every position from 0 on, float32 (positions, R / 2); window_cos and window_sin
 // likewise, or null.
 struct DecoderForward {
   const DecoderWeights* weights;

@@ -11,8 +11,7 @@ small seeded input beside what it takes the place of; one that gives something e
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from llmcore.models.packed import check_format
 from llmcore.swap import attention, decoder, loss, modules, torch_modules
 from llmcore.swap.attention import outputs
-from llmcore.swap.instance import Change, become, is_swapped
+from llmcore.swap.instance import Change, become, is_swapped, quiet
 from llmcore.swap.linears import linear_layout
 from llmcore.swap.packing import Packing
 from llmcore.swap.report import Left, Report, Swap
@@ -213,19 +212,3 @@ def _tied_or_last(model: nn.Module) -> set[int]:
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     return embeddings | ({id(head.weight)} if isinstance(head, nn.Linear) else set())
-
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-@contextlib.contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """No module's hooks run: they are for the model's calls, not for ours on small inputs."""
-    kept = [(m, name, m.__dict__[name]) for m in model.modules() for name in HOOKS]
-    for module, name, hooks in kept:
-        module.__dict__[name] = type(hooks)()
-    try:
-        yield
-    finally:
-        for module, name, hooks in kept:
-            module.__dict__[name] = hooks

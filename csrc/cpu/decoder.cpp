@@ -52,7 +52,7 @@ class Pass {
         activated_(of(tokens_ * up_width_)),
         lse_(tokens_ * w_.heads),
         queries_(of(a.last == nullptr ? 0 : a.B * attended_width_)),
-        angles_(is_rotary() && positions_differ() ? 2 * tokens_ * w_.head_width : 0),
+        angles_(is_rotary() && positions_differ() ? 2 * tokens_ * w_.rotary_width : 0),
         factors_(w_.plus_one ? w_.width : 0),
         offsets_(2 * a.B),
         lengths_(2 * a.B) {}
@@ -109,9 +109,9 @@ class Pass {
     return !no_memory.happened();
   }
 
-  // cos and sin, and those of windows behind them, (B, T, D / 2) each.
+  // cos and sin, and those of windows behind them, (B, T, R / 2) each.
   void gather_angles() {
-    const int64_t half = w_.head_width / 2;
+    const int64_t half = w_.rotary_width / 2;
     float* to = angles_.data();
     for (const float* table : {a_.cos, a_.sin, a_.window_cos, a_.window_sin}) {
       if (table == nullptr) continue;
@@ -197,8 +197,19 @@ class Pass {
   struct Heads {
     const T* data;
     int64_t strides[3];
-    const T* row(int64_t b, int64_t h, int64_t t) const { return row_of(data, strides, b, h, t); }
+    const T* row(int64_t b, int64_t t) const { return row_of(data, strides, b, 0, t); }
   };
+
+  // A token's projections are all queries, all keys, all values, or the three of each head side by side.
+  int64_t first_key() const { return w_.interleaved_heads ? 1 : w_.heads; }
+  int64_t first_value() const { return w_.interleaved_heads ? 2 : w_.heads + w_.kv_heads; }
+  // Side by side, values are turned too: nobody reads them there, and it stays one call.
+  int64_t turned_heads() const { return w_.heads + (w_.interleaved_heads ? 2 : 1) * w_.kv_heads; }
+  // Queries, keys or values of all projections, by the first one of them.
+  Heads part_of(const Heads& all, int64_t first) const {
+    const int64_t step = w_.interleaved_heads ? 3 : 1;
+    return {all.data + first * all.strides[1], {all.strides[0], step * all.strides[1], all.strides[2]}};
+  }
 
   // norm, attention and its output: from (stream, branch) to (stream, branch).
   bool attend(int64_t layer, const void* branch) {
@@ -207,19 +218,20 @@ class Pass {
     if (!norm_heads(l.q_norm, 0, w_.heads) || !norm_heads(l.k_norm, w_.heads, w_.kv_heads)) return false;
     const int64_t D = w_.head_width;
     const Heads projected{values(qkv_), {a_.T * qkv_width_, D, qkv_width_}};
-    Heads qk = projected;
+    Heads turned = projected;
     if (is_rotary()) {
-      const int64_t heads = w_.heads + w_.kv_heads;
       if (!turn(l, projected)) return false;
-      qk = {values(qk_), {heads * a_.T * D, a_.T * D, D}};
+      turned = {values(qk_), {turned_heads() * a_.T * D, a_.T * D, D}};
     }
-    if (!store(layer, qk, projected)) return false;
+    const Heads queries = part_of(turned, 0);
+    if (!store(layer, part_of(turned, first_key()), part_of(projected, first_value()))) return false;
 
     AttentionForward f{};
     AttentionProblem& p = f.problem;
-    p.q = qk.data, p.k = a_.cache.keys[layer], p.v = a_.cache.values[layer];
+    p.q = queries.data, p.k = a_.cache.keys[layer], p.v = a_.cache.values[layer];
     p.B = a_.B, p.H = w_.heads, p.G = w_.kv_heads, p.T = a_.T, p.D = D, p.Dv = D;
-    for (int i = 0; i < 3; ++i) p.q_strides[i] = qk.strides[i], p.k_strides[i] = p.v_strides[i] = a_.cache.strides[i];
+    for (int i = 0; i < 3; ++i)
+      p.q_strides[i] = queries.strides[i], p.k_strides[i] = p.v_strides[i] = a_.cache.strides[i];
     p.kv_dtype = a_.cache.kv_dtype;
     if (p.kv_dtype == KvDtype::int8) {
       p.k_scale = a_.cache.key_scales[layer], p.v_scale = a_.cache.value_scales[layer];
@@ -242,7 +254,7 @@ class Pass {
   }
 
   bool turn(const DecoderLayer& l, const Heads& projected) const {
-    const int64_t half = w_.head_width / 2;
+    const int64_t half = w_.rotary_width / 2;
     Rope r{};
     r.x = projected.data, r.y = qk_.data();
     if (positions_differ()) {
@@ -252,7 +264,7 @@ class Pass {
       r.cos = (l.has_window_angles ? a_.window_cos : a_.cos) + a_.start * half;
       r.sin = (l.has_window_angles ? a_.window_sin : a_.sin) + a_.start * half;
     }
-    r.B = a_.B, r.H = w_.heads + w_.kv_heads, r.T = a_.T, r.D = w_.head_width, r.half = half;
+    r.B = a_.B, r.H = turned_heads(), r.T = a_.T, r.D = w_.head_width, r.half = half;
     for (int i = 0; i < 3; ++i) r.x_strides[i] = projected.strides[i];
     r.angle_batch_stride = !positions_differ() ? 0 : a_.T * half;
     r.dtype = w_.dtype, r.angle_dtype = Dtype::float32;
@@ -260,7 +272,7 @@ class Pass {
   }
 
   // The new tokens' keys and values into the cache; what pads a sequence has no place there.
-  bool store(int64_t layer, const Heads& qk, const Heads& projected) const {
+  bool store(int64_t layer, const Heads& keys, const Heads& values) const {
     const DecoderCache& c = a_.cache;
     const bool has_scales = c.kv_dtype == KvDtype::int8;
     for (int64_t b = 0; b < a_.B; ++b) {
@@ -268,12 +280,11 @@ class Pass {
       for (int64_t slot = begin, run; slot < end; slot += run) {
         run = c.page_table == nullptr ? end - slot : c.page_length - slot % c.page_length;
         if (run > end - slot) run = end - slot;
-        const T* keys = qk.row(b, w_.heads, slot - begin);
-        const T* values = projected.row(b, w_.heads + w_.kv_heads, slot - begin);
         float* key_scales = has_scales ? c.key_scales[layer] : nullptr;
         float* value_scales = has_scales ? c.value_scales[layer] : nullptr;
-        if (!store_run(keys, qk.strides, c.keys[layer], key_scales, b, slot, run)) return false;
-        if (!store_run(values, projected.strides, c.values[layer], value_scales, b, slot, run)) return false;
+        const int64_t t = slot - begin;
+        if (!store_run(keys.row(b, t), keys.strides, c.keys[layer], key_scales, b, slot, run)) return false;
+        if (!store_run(values.row(b, t), values.strides, c.values[layer], value_scales, b, slot, run)) return false;
       }
     }
     return true;
@@ -342,10 +353,19 @@ class Pass {
     tokens_ = a_.B;
   }
 
+  // norm, network: from (stream, branch) to (stream, branch). A parallel one reads the stream without attention's
+  // branch, and adds to that.
   bool feed_forward(const DecoderLayer& l) const {
-    if (!norm(l.feed_forward_norm, branch_.data()) || !linear(l.up, x_.data(), hidden_.data())) return false;
-    return activate() && linear(l.down, activated_.data(), branch_.data()) &&
-           norm_alone(l.feed_forward_after_norm, branch_.data(), branch_.data());
+    void* to = w_.parallel ? x_.data() : branch_.data();
+    if (!norm(l.feed_forward_norm, w_.parallel ? nullptr : branch_.data())) return false;
+    if (!linear(l.up, x_.data(), hidden_.data()) || !activate() || !linear(l.down, activated_.data(), to)) return false;
+    if (w_.parallel) {
+      parallel_rows(tokens_, w_.width, [&](int64_t begin, int64_t end) {
+        const int64_t at = begin * w_.width, here = (end - begin) * w_.width;
+        map_row(values(branch_) + at, here, [](vec a, vec b) { return a + b; }, values(branch_) + at, values(x_) + at);
+      });
+    }
+    return norm_alone(l.feed_forward_after_norm, branch_.data(), branch_.data());
   }
 
   bool activate() const {

@@ -5,6 +5,7 @@
     stream = stream + norm(attention(norm(stream)))      "both"
 
 and the same with attention to a source, where there is one, and with the feed-forward network.
+Placed "parallel", the feed-forward network's norm is of the stream that attention's was of.
 
 A branch's result is not added where it is made but by the next norm, which is one fused pass
 (`add_rms_norm`, `add_layer_norm`). So a block takes and gives two tensors: the residual stream,
@@ -29,7 +30,7 @@ class Pass:
     """What all blocks of one forward pass share.
 
     span       positions and lengths of the new tokens
-    rotation   cos and sin, float32 (T, D/2) or (B, T, D/2); None without rotary positions
+    rotation   cos and sin, float32 (T, R/2) or (B, T, R/2); None without rotary positions
     window_rotation   those of layers with a window
     bias       float, added to all scores: (1 or B, H, T, S); None without relative positions
     slopes     (H,), of ALiBi; None without
@@ -245,6 +246,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.post, self.dropout = config.norm_placement == "post", config.dropout
+        self.parallel = config.norm_placement == "parallel"
         both = config.norm_placement == "both"
         self.attention_norm = Norm(config)
         self.attention = Attention(config, layer, causal=causal)
@@ -260,16 +262,21 @@ class Block(nn.Module):
         self, stream: Tensor, branch: Tensor | None, now: Pass
     ) -> tuple[Tensor, Tensor | None]:
         """stream (B, T, C), branch (B, T, C) or None for nothing -> the same pair, one layer on."""
+        beside = None  # the branches before it, of the same stream
         for norm, inner, after in self._parts():
             if self.post:
                 stream, branch = norm(stream, self._dropped(inner(stream, now)))[0], None
+            elif self.parallel:
+                x, stream = norm(stream, branch)
+                found = self._dropped(inner(x, now))
+                beside, branch = found if beside is None else beside + found, None
             else:
                 x, stream = norm(stream, branch)
                 branch = inner(x, now)
                 if after is not None:
                     branch, _ = after(branch)
                 branch = self._dropped(branch)
-        return stream, branch
+        return stream, beside if self.parallel else branch
 
     def _parts(self) -> list[tuple[Any, Any, Any]]:
         """Of each branch: the norm before it (of the sum, placed "post"), itself, the norm after

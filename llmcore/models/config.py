@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 Norm = Literal["rms_norm", "layer_norm"]
-NormPlacement = Literal["pre", "post", "both"]
+NormPlacement = Literal["pre", "post", "both", "parallel"]
 Activation = Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu", "silu"]
 Positions = Literal["rope", "learned", "sinusoidal", "alibi", "relative", "none"]
 Output = Literal["pooler", "masked_language", "next_sentence"]
@@ -33,16 +33,18 @@ class TransformerConfig:
     norm            "rms_norm" (weight only) or "layer_norm" (weight and bias)
     norm_placement  "pre": before each branch, and one more behind the last block; "post": of each
                     sum of stream and branch (2017, BERT); "both": before, and of the branch's
-                    result before it is added (Gemma 2)
+                    result before it is added (Gemma 2); "parallel": before, and both branches
+                    are of the same stream (GPT-NeoX, Phi)
     norm_offset     an RMS norm multiplies by 1 + weight (Gemma)
     activation      "swiglu", "geglu" (gated; geglu in the tanh form) or "gelu", "gelu_tanh",
                     "relu", "silu" (plain)
     bias            whether the linear layers of the blocks have one
     qkv_bias        queries, keys and values have one even without `bias` (Qwen 2)
     qk_norm         a norm over D of each query and key, before they are rotated (Qwen 3)
-    positions       "rope" (half-split pairs, all of D), "learned" (one vector for each position),
+    positions       "rope" (pairs, half-split), "learned" (one vector for each position),
                     "sinusoidal" (the same, fixed: sines, then cosines), "alibi" (scores fall with
                     distance), "relative" (T5's learned bias for each bucket of distances), "none"
+    rotary_width    R: so many of a head's D are rotated; None: all
     window          attention sees the last `window` tokens only, its own included (an encoder: so
                     many on both sides); None: all
     full_every      every such layer has no window all the same; 0: none (Gemma 2: 2, Gemma 3: 6)
@@ -97,6 +99,7 @@ class TransformerConfig:
     head_bias: bool = False
     experts: int = 0
     experts_per_token: int = 2
+    rotary_width: int | None = None
     dropout: float = 0.0
     start_id: int | None = None
     token_types: int = 0
@@ -118,6 +121,11 @@ class TransformerConfig:
                     raise ValueError(
                         f"{name} must be a whole number of at least {least}, got {value!r}"
                     )
+        rotated = self.rotated
+        if not _is_whole(rotated) or not 1 <= rotated <= self.head_width:
+            raise ValueError(
+                f"rotary_width must be None or 1 to head_width {self.head_width}, got {rotated!r}"
+            )
         if self.window is not None and (not _is_whole(self.window) or self.window < 1):
             raise ValueError(
                 f"window must be None or a whole number of at least 1, got {self.window!r}"
@@ -163,8 +171,11 @@ class TransformerConfig:
             raise ValueError(
                 f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}"
             )
-        if self.positions == "rope" and self.head_width % 2:
-            raise ValueError(f"rope rotates pairs: head_width must be even, got {self.head_width}")
+        if self.positions == "rope" and self.rotated % 2:
+            name = "head_width" if self.rotary_width is None else "rotary_width"
+            raise ValueError(f"rope rotates pairs: {name} must be even, got {self.rotated}")
+        if self.rotary_width is not None and self.positions != "rope":
+            raise ValueError(f"rotary_width needs rope, got positions {self.positions}")
         if self.positions == "sinusoidal" and self.width % 2:
             raise ValueError(
                 f"sinusoidal positions are pairs: width must be even, got {self.width}"
@@ -189,6 +200,11 @@ class TransformerConfig:
         if self.full_every and (layer + 1) % self.full_every == 0:
             return None
         return self.window
+
+    @property
+    def rotated(self) -> int:
+        """How many of a head's D are rotated, where positions are."""
+        return self.head_width if self.rotary_width is None else self.rotary_width
 
     @property
     def horizon(self) -> int | None:

@@ -33,13 +33,32 @@ SIZES = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "fe
          "context_length", "norm_eps", "rope_theta", "bias", "qkv_bias", "tied_embeddings",
          "window", "full_every", "window_rope_theta", "attention_scale", "attention_softcap",
          "logit_softcap", "embedding_scale", "head_bias", "norm", "norm_offset",
-         "qk_norm")  # fmt: skip
+         "qk_norm", "rotary_width")  # fmt: skip
 CHOICES = {
     "activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),
     "positions": ("rope", "learned"),
-    "norm_placement": ("pre", "both"),
+    "norm_placement": ("pre", "both", "parallel"),
 }
 NOT_ITS_BUSINESS = ("eos_ids", "start_id", "token_types", "outputs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Where a pass's tokens stand in the buffers, from `start` to `end` unless tensors say more.
+
+    starts     (B,): the slot of each sequence's first new token
+    lengths    (B,): its slots with the new ones
+    positions  (B,): the position of its first new token; None: as the slot
+    table, page_length  pages, as in paged attention
+    """
+
+    start: int
+    end: int
+    starts: Tensor | None = None
+    lengths: Tensor | None = None
+    positions: Tensor | None = None
+    table: Tensor | None = None
+    page_length: int = 0
 
 
 class Plan:
@@ -49,6 +68,8 @@ class Plan:
     tensors put in their place do not. Make it anew then, by a new cache.
     """
 
+    interleaved_heads = False  # whether qkv's rows are query, key and value of each head in turn
+
     def __init__(self, model: Decoder, backend: str) -> None:
         assert native.module is not None
         config = model.config
@@ -56,7 +77,7 @@ class Plan:
         assert model.norm is not None
         self.dtype = model.dtype
         self.tensors: list[Tensor] = []
-        self._angles: dict[float | None, tuple[Tensor, Tensor]] = {}
+        self._angles: dict[bool, tuple[Tensor, Tensor]] = {}
         self._buffers, self._addresses = Buffers(), _addresses(Buffers())
         position = model.position_embedding
         embedding = self._linear(model.embedding)
@@ -72,11 +93,14 @@ class Plan:
             heads=config.heads,
             kv_heads=config.kv_heads,
             head_width=config.head_width,
+            rotary_width=config.rotated,
             eps=config.norm_eps,
             scale=config.attention_scale or config.head_width**-0.5,
             softcap=config.attention_softcap or 0.0,
             embedding_scale=config.embedding_scale,
             plus_one=config.norm_offset,
+            parallel=config.norm_placement == "parallel",
+            interleaved_heads=self.interleaved_heads,
             activation=getattr(native.module.Activation, config.activation),
             dtype=_dtype(self.dtype),
         )
@@ -107,39 +131,70 @@ class Plan:
         if last_only and new > 1:
             last = torch.full((batch,), new - 1) if counts is None else (counts - 1).clamp(min=0)
         logits = torch.empty(batch, 1 if last_only else new, config.vocab_size, dtype=self.dtype)
-        cos, sin = self._angles_to(len(cache) + new)
-        window_cos, window_sin = self._angles_to(len(cache) + new, config.window_rope_theta)
         starts = span.q_offset if isinstance(span.q_offset, Tensor) else None
         positions = None  # as the slots, unless a window has let tokens go
         if config.window is not None:
             first = span.first
             positions = first if isinstance(first, Tensor) else torch.full((batch,), first)
-        table = getattr(span, "table", None)
-        self._native.forward(
-            ids=ids.data_ptr(),
-            logits=logits.data_ptr(),
-            batch=batch,
-            tokens=new,
-            start=0 if starts is not None else span.q_offset,
-            end=span.end,
-            starts=address(starts),
-            positions=address(positions),
-            kv_lengths=address(span.kv_lengths),
-            last=address(last),
-            cos=cos.data_ptr(),
-            sin=sin.data_ptr(),
-            window_cos=window_cos.data_ptr(),
-            window_sin=window_sin.data_ptr(),
+        slots = Slots(
+            0 if starts is not None else span.q_offset,  # type: ignore[arg-type]
+            span.end,
+            starts,
+            span.kv_lengths,
+            positions,
+            getattr(span, "table", None),
+            getattr(cache, "page_length", 0),
+        )
+        scales = cache.buffers.key_scales
+        self._forward(
+            ids,
+            logits,
+            slots,
+            last,
+            len(cache) + new,
             buffers=self._addresses_of(cache.buffers),
-            kv_dtype=_kv_dtype(cache),
+            kv_dtype=_kv_dtype(cache.dtype),
             cache_strides=cache.keys[0].stride()[:3],
-            scale_strides=scales[0].stride() if (scales := cache.buffers.key_scales) else (0, 0, 0),
-            page_table=address(table),
-            page_columns=0 if table is None else table.shape[1],
-            page_length=getattr(cache, "page_length", 0),
+            scale_strides=scales[0].stride() if scales else (0, 0, 0),
         )
         cache.commit(span)
         return self.model.capped(logits)
+
+    def _forward(
+        self,
+        ids: Tensor,
+        logits: Tensor,
+        slots: Slots,
+        last: Tensor | None,
+        longest: int,
+        **buffers: Any,
+    ) -> None:
+        """The native call; longest: the position behind the last one of any sequence."""
+        cos, sin = self._angles_to(longest)
+        window_cos = window_sin = None
+        if self._has_window_angles:
+            window_cos, window_sin = self._angles_to(longest, of_windows=True)
+        table = slots.table
+        self._native.forward(
+            ids=ids.data_ptr(),
+            logits=logits.data_ptr(),
+            batch=ids.shape[0],
+            tokens=ids.shape[1],
+            start=slots.start,
+            end=slots.end,
+            starts=address(slots.starts),
+            positions=address(slots.positions),
+            kv_lengths=address(slots.lengths),
+            last=address(last),
+            cos=address(cos),
+            sin=address(sin),
+            window_cos=address(window_cos),
+            window_sin=address(window_sin),
+            page_table=address(table),
+            page_columns=0 if table is None else table.shape[1],
+            page_length=slots.page_length,
+            **buffers,
+        )
 
     def _addresses_of(self, buffers: Buffers) -> list[list[int]]:
         """Where a cache's buffers lie: found once, for a cache that moves has other buffers."""
@@ -147,18 +202,28 @@ class Plan:
             self._buffers, self._addresses = buffers, _addresses(buffers)
         return self._addresses
 
-    def _angles_to(self, end: int, theta: float | None = None) -> tuple[Tensor, Tensor]:
+    def _angles_to(self, end: int, *, of_windows: bool = False) -> tuple[Tensor, Tensor]:
         """cos and sin of the positions below `end`, and of some more: computed once."""
-        found = self._angles.get(theta, (torch.empty(0, 0), torch.empty(0, 0)))
+        found = self._angles.get(of_windows, (torch.empty(0, 0), torch.empty(0, 0)))
         if self.model.position_embedding is None and len(found[0]) < end:
             count = min(2 * end, max(end, self.model.config.context_length))
-            found = self._angles[theta] = rotations(self.model.config, torch.arange(count), theta)
+            found = self._angles[of_windows] = self._rotations(torch.arange(count), of_windows)
         return found
+
+    def _rotations(self, positions: Tensor, of_windows: bool) -> tuple[Tensor, Tensor]:
+        """cos and sin, float32 (positions, R / 2), contiguous."""
+        config = self.model.config
+        return rotations(config, positions, config.window_rope_theta if of_windows else None)
+
+    @property
+    def _has_window_angles(self) -> bool:
+        """Whether layers with a window turn by angles of their own."""
+        return self.model.config.window_rope_theta is not None
 
     def _layer(self, number: int, block: nn.Module) -> Any:
         assert native.module is not None and isinstance(block, Block)
         assert isinstance(block.feed_forward, FeedForward)
-        window, has_window_angles = self._window_of(number)
+        window = self._window_of(number)
         return native.module.DecoderLayer(
             attention_norm=self._norm(block.attention_norm),
             qkv=self._linear(block.attention.qkv),
@@ -171,13 +236,12 @@ class Plan:
             attention_after_norm=self._norm(block.attention_after_norm),
             feed_forward_after_norm=self._norm(block.feed_forward_after_norm),
             window=window,
-            has_window_angles=has_window_angles,
+            has_window_angles=window > 0 and self._has_window_angles,
         )
 
-    def _window_of(self, number: int) -> tuple[int, bool]:
-        """How many keys a query of this layer sees, 0: all; whether windows' angles turn them."""
-        window = self.model.config.window_of(number)
-        return window or 0, window is not None and self.model.config.window_rope_theta is not None
+    def _window_of(self, number: int) -> int:
+        """How many keys a query of this layer sees, 0: all."""
+        return self.model.config.window_of(number) or 0
 
     def _norm(self, norm: Norm | None) -> Any:
         assert native.module is not None
@@ -302,7 +366,7 @@ def _addresses(buffers: Buffers) -> list[list[int]]:
     return [[tensor.data_ptr() for tensor in tensors] for tensors in lists]
 
 
-def _kv_dtype(cache: Cache) -> Any:
+def _kv_dtype(dtype: str | None) -> Any:
     assert native.module is not None
     names = {None: "same", "bf16": "bfloat16", "int8": "int8"}
-    return getattr(native.module.KvDtype, names[cache.dtype])
+    return getattr(native.module.KvDtype, names[dtype])

@@ -18,14 +18,14 @@ BUCKETS, FAR = 32, 128
 def rotations(
     config: TransformerConfig, positions: Tensor, theta: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles at positions (...), float32 (..., D/2) each.
+    """cos and sin of the rotary angles at positions (...), float32 (..., R/2) each.
 
     theta: the config's unless given.
     """
     theta = config.rope_theta if theta is None else theta
     # In float32 whatever the model's dtype: the weights were trained with these very angles.
-    pairs = torch.arange(0, config.head_width, 2, device=positions.device)
-    frequencies = 1.0 / theta ** (pairs.float() / config.head_width)
+    pairs = torch.arange(0, config.rotated, 2, device=positions.device)
+    frequencies = 1.0 / theta ** (pairs.float() / config.rotated)
     angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 

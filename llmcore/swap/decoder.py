@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmcore.models.plan import refuses_call, refuses_model
+from llmcore.models.plan import Slots, refuses_call, refuses_model
 from llmcore.swap.attention import small_inputs
-from llmcore.swap.decoder_cache import CACHE_NAMES, held, windows_of
-from llmcore.swap.decoder_call import Call, call_of, new_cache
-from llmcore.swap.decoder_parts import Parts, Unfit, config_of, parts_of, settings_of
-from llmcore.swap.decoder_plan import SharedPlan, Slots
+from llmcore.swap.decoder_cache import CACHE_NAMES, held, new_cache, windows_of
+from llmcore.swap.decoder_call import Call, call_of
+from llmcore.swap.decoder_parts import config_of, parts_of, settings_of
+from llmcore.swap.decoder_plan import SharedPlan
+from llmcore.swap.decoder_trace import Unfit, cache_argument, traced
 from llmcore.swap.decoder_weights import shared_decoder, way_back
 from llmcore.swap.instance import Swapped, has_hooks
 from llmcore.swap.loss import argument_names
@@ -36,7 +37,6 @@ class Passes:
 
     def __init__(self) -> None:
         self.plan: SharedPlan | None = None
-        self.parts: Parts | None = None
         self.output: type | None = None
         self.cache_name = ""  # of the output's field
         self.why_not = ""
@@ -81,15 +81,22 @@ class Passes:
 
     def build(self, model: nn.Module) -> None:
         """Unfit where the model has no native pass."""
-        self.parts = parts_of(model)
-        config = config_of(model, self.parts)
+        paused, self.paused = self.paused, True
+        try:
+            trace = traced(model)
+        finally:
+            self.paused = paused
+        parts = parts_of(model, trace)
+        config = config_of(model, parts)
         windows = windows_of(new_cache(model.config))
         if windows is None or len(windows) != config.layers:
             raise Unfit("its cache is no plain one")
-        decoder = shared_decoder(config, self.parts)
+        decoder = shared_decoder(config, parts)
         if reasons := refuses_model(decoder):
             raise Unfit(reasons[0])
-        self.plan = SharedPlan(decoder, "cpu", self.parts.rotary, windows)
+        self.plan = SharedPlan(
+            decoder, "cpu", parts.rotary, windows, interleaved_heads=parts.interleaved_heads
+        )
         settings = settings_of(model)
         self.drops = any("drop" in name and value for name, value in settings.items())
         self._watched = [*model.modules()][1:]
@@ -138,7 +145,10 @@ class Passes:
             first = buffers.keys[0].stride(0) // config.head_width
             table = torch.arange(batch) * first + call.pads
             starts = (start - call.pads).clamp(min=0)
-            slots = Slots(start, start + new, starts, start + new - call.pads, table)
+            lengths = start + new - call.pads
+            slots = Slots(
+                0, start + new, starts, lengths, table=table[:, None], page_length=buffers.capacity
+            )
             if start == 0:  # tokens to the front of their row
                 places = (torch.arange(new) + call.pads[:, None]).clamp(max=new - 1)
                 ids = ids.gather(1, places)
@@ -188,15 +198,6 @@ def generates(model: Any) -> bool:
         and bool(model.can_generate())
         and not getattr(model.config, "is_encoder_decoder", False)
     )
-
-
-def cache_argument(model: nn.Module) -> str:
-    """What the model's forward calls its cache; Unfit where that, or the tokens, has no name."""
-    names = argument_names(type(model).forward)
-    for name in CACHE_NAMES:
-        if name in names and "input_ids" in names:
-            return name
-    raise Unfit(f"its forward has no input_ids with a {' or '.join(CACHE_NAMES)}")
 
 
 def checked(model: Any) -> tuple[Callable[[], None], float]:

@@ -73,6 +73,13 @@ def held(cache: Any, config: TransformerConfig, batch: int, new: int, dtype: tor
     return made
 
 
+def new_cache(config: Any) -> Any:
+    """The cache that the models make where they are given none."""
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache(config=config)
+
+
 def windows_of(cache: Any) -> tuple[int, ...] | None:
     """The window of each of a cache's layers, 0: none; None for a cache of another kind."""
     if cache is None:

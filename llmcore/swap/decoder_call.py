@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmcore.swap.decoder_cache import CACHE_NAMES, windows_of
+from llmcore.swap.decoder_cache import CACHE_NAMES, new_cache, windows_of
 
 IGNORED = {"use_cache": (True,), "return_dict": (True, None)}
 """Arguments of a pass that change nothing at these values, beside those that are None or False."""
@@ -59,13 +59,6 @@ def call_of(model: nn.Module, arguments: Mapping[str, Any]) -> Call | None:
     if pads is False or not positions_fit(positions, pads, start, ids.shape[1]):
         return None
     return Call(ids, cache, windows, is_kept, pads, keep == 1)  # type: ignore[arg-type]
-
-
-def new_cache(config: Any) -> Any:
-    """The cache that the models make where they are given none."""
-    from transformers.cache_utils import DynamicCache
-
-    return DynamicCache(config=config)
 
 
 def padding_on_the_left(mask: Any, batch: int, start: int, new: int) -> Tensor | bool | None:

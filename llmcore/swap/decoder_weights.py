@@ -18,7 +18,8 @@ from llmcore.models.block import Block, FeedForward
 from llmcore.models.config import TransformerConfig
 from llmcore.models.transformer import Decoder
 from llmcore.ops.packed_weight import PANEL, PackedWeight
-from llmcore.swap.decoder_parts import Layer, Parts, Unfit
+from llmcore.swap.decoder_parts import Layer, Parts
+from llmcore.swap.decoder_trace import Unfit
 from llmcore.swap.linears import holds_columns
 
 
@@ -29,7 +30,8 @@ def shared_decoder(config: TransformerConfig, parts: Parts) -> Decoder:
     decoder.embedding.weight = parts.embedding.weight  # type: ignore[assignment]
     if parts.position is not None:
         assert decoder.position_embedding is not None
-        decoder.position_embedding.weight = parts.position.weight
+        places = parts.position.detach()
+        decoder.position_embedding.weight = nn.Parameter(places, requires_grad=False)
     share_norm(decoder.norm, parts.norm)
     share(decoder.head, (parts.head,))
     for block, layer in zip(decoder.blocks, parts.layers, strict=True):
@@ -39,12 +41,14 @@ def shared_decoder(config: TransformerConfig, parts: Parts) -> Decoder:
 
 
 def share_layer(block: Block, layer: Layer) -> None:
-    ours = [block.attention_norm, block.feed_forward_norm]
+    ours, norms = [block.attention_norm, block.feed_forward_norm], layer.norms
+    if len(norms) == 1:  # both read it
+        norms = norms * 2
     if len(layer.norms) == 4:
         ours = [ours[0], block.attention_after_norm, ours[1], block.feed_forward_after_norm]  # type: ignore[list-item]
     if layer.attention.head_norms:
         ours += [block.attention.q_norm, block.attention.k_norm]  # type: ignore[list-item]
-    for norm, theirs in zip(ours, (*layer.norms, *layer.attention.head_norms), strict=True):
+    for norm, theirs in zip(ours, (*norms, *layer.attention.head_norms), strict=True):
         share_norm(norm, theirs)
     assert isinstance(block.feed_forward, FeedForward)
     share(block.attention.qkv, layer.attention.qkv)

@@ -8,9 +8,10 @@ its class anew. So copies, pickles, `torch.save` and worker processes see the sa
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,22 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@contextlib.contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """No module's hooks run: they are for the model's calls, not for ours on small inputs."""
+    kept = [(m, name, m.__dict__[name]) for m in model.modules() for name in HOOKS]
+    for module, name, hooks in kept:
+        module.__dict__[name] = type(hooks)()
+    try:
+        yield
+    finally:
+        for module, name, hooks in kept:
+            module.__dict__[name] = hooks
 
 
 class OneTensor(Swapped):

@@ -182,8 +182,23 @@ AUDIO: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
+MORE_DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gpt_neox_in_turn": (
+        "GPTNeoXConfig",
+        "GPTNeoXForCausalLM",
+        {**PLAIN, "use_parallel_residual": False},
+    ),
+    "stablelm": (
+        "StableLmConfig",
+        "StableLmForCausalLM",
+        {**DECODER, "use_parallel_residual": True, "partial_rotary_factor": 0.5},
+    ),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", DECODER),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", DECODER),
+}
+"""Structures that the families above don't have, for the tests that name them."""
 TEXT = {**DECODERS, **ENCODERS, **SEQ2SEQ}
-EVERY = {**TEXT, **VISION, **AUDIO}
+EVERY = {**TEXT, **MORE_DECODERS, **VISION, **AUDIO}
 
 
 @functools.cache

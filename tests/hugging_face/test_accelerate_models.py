@@ -147,7 +147,10 @@ def test_native_passes_are_the_modules(weights):
         assert passes(other) == 0
 
 
-NATIVE = ("qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2")
+NATIVE = (
+    "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "gpt_neox", "gpt_neox_in_turn", "opt",
+    "phi", "phi3", "stablelm",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("family", NATIVE)
@@ -249,12 +252,21 @@ def test_native_passes_step_aside():
 
 
 def test_a_model_without_native_passes_says_why():
-    reports = {family: llmcore.accelerate(stock(family)) for family in ("gpt_neox", "bert", "t5")}
+    families = ("gpt_oss", "olmo2", "bert", "t5")
+    reports = {family: llmcore.accelerate(stock(family)) for family in families}
     reasons = {
         family: [left.reason for left in report.left if left.kind == "decoder pass"]
         for family, report in reports.items()
     }
-    assert len(reasons["gpt_neox"]) == 1 and not reasons["bert"] and not reasons["t5"]
+    assert reasons == {
+        "gpt_oss": [
+            "a layer is not attention and a feed-forward network of known parts: it has "
+            "GptOssAttention (sinks, Linear), GptOssMLP (GptOssTopKRouter, GptOssExperts)"
+        ],
+        "olmo2": ["a layer's attention does not read what its first norm gives"],
+        "bert": [],
+        "t5": [],
+    }
 
     class Renamed(transformers.LlamaForCausalLM):
         def forward(self, input_ids=None, attention_mask=None, memory=None, **rest):

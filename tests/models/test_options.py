@@ -15,7 +15,15 @@ from llmcore.models.plan import refuses_config
 POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "relative", "none")
 OPTIONS = {
     **{f"positions_{p}": {"positions": p} for p in POSITIONS},
-    **{f"placement_{p}": {"norm_placement": p} for p in ("post", "both")},
+    **{f"placement_{p}": {"norm_placement": p} for p in ("post", "both", "parallel")},
+    "parallel_layer_norm": {
+        "norm": "layer_norm",
+        "norm_placement": "parallel",
+        "bias": True,
+        "rotary_width": 4,
+    },
+    "rotary_width": {"rotary_width": 6},
+    "rotary_window": {"window": 5, "full_every": 2, "window_rope_theta": 100.0, "rotary_width": 2},
     "layer_norm": {"norm": "layer_norm", "norm_placement": "both", "bias": True},
     **{
         f"activation_{a}": {"activation": a} for a in ("geglu", "gelu", "gelu_tanh", "relu", "silu")
@@ -144,7 +152,8 @@ def test_option_is_known_or_refused_by_the_native_pass(decoder):
 def test_native_pass_knows_what_it_did_before(tiny_decoder):
     taken = {name for name, o in OPTIONS.items() if not refuses_config(tiny_decoder(**o).config)}
     assert taken == {
-        "positions_rope", "positions_learned", "placement_both", "layer_norm", "activation_geglu",
+        "positions_rope", "positions_learned", "placement_both", "placement_parallel",
+        "parallel_layer_norm", "rotary_width", "rotary_window", "layer_norm", "activation_geglu",
         "activation_gelu", "activation_gelu_tanh", "activation_relu", "multi_head", "multi_query",
         "bias", "qkv_bias", "qk_norm", "norm_offset", "window", "alternating", "scale", "softcaps",
         "head", "gemma2",
@@ -155,7 +164,7 @@ def test_options_combine(tiny_model):
     """Positions, placements, norms and activations in every combination, of every model."""
     ids = random_ids(2, 6)
     for positions in POSITIONS:
-        for placement in ("pre", "post", "both"):
+        for placement in ("pre", "post", "both", "parallel"):
             for norm, activation in (("rms_norm", "geglu"), ("layer_norm", "relu")):
                 shape = {"positions": positions, "norm_placement": placement, "norm": norm,
                          "activation": activation, "layers": 1, "start_id": 0}  # fmt: skip

@@ -20,6 +20,7 @@ SHAPES = {
     "untied": {"tied_embeddings": False},
     "bias": {"bias": True, "kv_heads": 1},
     "wide_heads": {"head_width": 12},
+    "parallel": {"norm_placement": "parallel", "norm": "layer_norm", "rotary_width": 4},
 }
 
 
