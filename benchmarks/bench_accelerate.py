@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -359,11 +359,27 @@ def gpt2_shape(rounds: int) -> Iterator[Shape]:
     yield Shape(name, before * 1e3, after * 1e3, 1.3, operations, peaks[0], peaks[1])
 
 
+SHAPES: dict[str, tuple[Callable[[int], Iterator[Shape]], int]] = {
+    "SmolLM2-135M": (smollm2_shapes, 7),
+    "BERT-base": (bert_shape, 7),
+    "GPT-2 small": (gpt2_shape, 2),
+}
+"""Each with the most rounds that it is worth."""
+
+
 # The command
 
 
 def run(args: argparse.Namespace, threads: int) -> int:
-    """The command: the section of docs/accelerate.md that has its figures."""
+    """The command: the section of docs/accelerate.md that has its figures, or the named rows of it.
+
+    2 where a name is unknown, or transformers is not installed.
+    """
+    known, named = (*(f.name for f in FAMILIES), *SHAPES), args.ops[1:]
+    for name in named:
+        if name not in known:
+            print(f"accelerate: got {name!r}, expected some of {', '.join(known)}")
+            return 2
     try:
         import transformers
     except ImportError:
@@ -378,7 +394,7 @@ def run(args: argparse.Namespace, threads: int) -> int:
         settings = {"rounds": rounds, "threads": threads, "transformers": transformers.__version__}
         found = Found(settings, fma_peak())
         with contextlib.suppress(KeyboardInterrupt):  # what it has so far is printed
-            measure(found, rounds)
+            measure(found, rounds, named or known)
     finally:
         torch.set_num_threads(before)
     print("", *section(found), sep="\n")
@@ -388,18 +404,18 @@ def run(args: argparse.Namespace, threads: int) -> int:
     return 0
 
 
-def measure(found: Found, rounds: int) -> None:
-    """All rows, one after the other."""
+def measure(found: Found, rounds: int, chosen: Sequence[str]) -> None:
+    """The chosen rows, one after the other."""
     begin = time.perf_counter()
 
     def say(text: str) -> None:
         print(f"{time.perf_counter() - begin:5.0f} s  {text}", file=sys.stderr, flush=True)
 
-    for family in FAMILIES:
+    for family in (f for f in FAMILIES if f.name in chosen):
         found.rows.append(compare(family, rounds))
         say(row_text(found.rows[-1]))
-    for shapes in (smollm2_shapes(rounds), bert_shape(rounds), gpt2_shape(2)):
-        for shape in shapes:
+    for shapes, most in (row for name, row in SHAPES.items() if name in chosen):
+        for shape in shapes(min(rounds, most)):
             found.shapes.append(shape)
             say(shape_text(shape, found.peak))
     found.peak = max(found.peak, fma_peak())

@@ -69,7 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"which of {known} (default: all); or {OPS}: the table of the figures to reach, in a "
         f"quarter of an hour (of some ops: {OPS} linear rope); or generate: tokens a second of a "
         "whole model against other libraries; or step: a training step against plain torch; or "
-        "accelerate: models of transformers, as they come and after llmcore.accelerate",
+        "accelerate: models of transformers, as they come and after llmcore.accelerate (some of "
+        "them: accelerate Llama 'GPT-2 small')",
     )
     parser.add_argument(
         "--shape",
@@ -121,7 +122,8 @@ def run(args: argparse.Namespace) -> int:
     known = (OPS, *benches(), *EXTRAS)
     if args.device == "cuda":
         return gpu.run(args)
-    if len(args.ops) == 1 and args.ops[0] in WHOLE:
+    rows_have_names = args.ops[:1] == ["accelerate"]
+    if args.ops and args.ops[0] in WHOLE and (len(args.ops) == 1 or rows_have_names):
         print_machine(machine.describe())
         status = WHOLE[args.ops[0]].run(args, (args.threads or (machine.cores(),))[0])
         print_apart(machine.apart())

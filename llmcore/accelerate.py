@@ -11,9 +11,10 @@ small seeded input beside what it takes the place of; one that gives something e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 
 from llmcore.models.packed import check_format
@@ -63,7 +64,7 @@ def accelerate(model: nn.Module, *, weights: str | None = None) -> Report:
         raise ValueError("model: is accelerated already; undo that first")
     work = _Work(model, Packing(weights) if weights else None)
     try:
-        with quiet(model):
+        with quiet(model), torch.inference_mode(False):  # gradients are compared too
             work.run()
     except BaseException:
         work.report.undo()
@@ -80,91 +81,124 @@ class _Work:
     report: Report = field(default_factory=Report)
 
     def run(self) -> None:
-        try:
-            before = outputs(self.model)
-        except Exception as problem:  # of a model that takes something else
-            before = []
-            self.report.left.append(Left("", "whole model", f"a small input failed: {problem}"))
-        if attention.has_attention_choice(self.model):
-            self._checked("attention", before, self._choose_attention)
-        self._swap_modules()
-        if before:
-            now = outputs(self.model)
-            now = self._checked("rope", now, self._swap_rotary) or now
-            self.report.error = largest(now, before)
-            self._swap_loss()
-            self._swap_passes()
+        before = self._wholes()
+        wholes = {name: self.model.get_submodule(name) for name in before}
+        for name, whole in wholes.items():
+            if attention.is_of_transformers(whole):
+                self._checked("attention", name, before[name], self._choose_attention)
+        self._swap_modules(_tied_or_last(self.model, (self.model, *wholes.values())))
+        for name, whole in wholes.items():
+            now = outputs(whole)
+            now = self._checked("rope", name, now, self._swap_rotary) or now
+            self.report.error = max(self.report.error or 0.0, largest(now, before[name]))
+            self._swap_loss(name, whole)
+            self._swap_passes(name, whole)
         self.report.sort([name for name, _ in self.model.named_modules()])
 
+    def _wholes(self) -> dict[str, list[Tensor]]:
+        """What is held against itself as a whole, and its outputs.
+
+        The model, or those of transformers that it is made of: the outermost ones that there is a
+        small input for.
+        """
+        found = {}
+        names = _of_transformers(self.model, "") or [""]
+        for name in names:  # which grow
+            whole = self.model.get_submodule(name)
+            if given := self._outputs(name, whole):
+                found[name] = given
+            elif not any(p.is_meta for p in whole.parameters()):
+                for child, module in whole.named_children():
+                    names += _of_transformers(module, f"{name}.{child}" if name else child)
+        return found
+
+    def _outputs(self, name: str, whole: nn.Module) -> list[Tensor]:
+        """Of small inputs; none where that can't be, and the report says why."""
+        if any(p.is_meta for p in whole.parameters()):
+            reason = "weights without values (meta device): accelerate it when they are loaded"
+        else:
+            try:
+                found = outputs(whole)
+            except Exception as problem:  # of a model that takes something else
+                reason = f"a small input failed: {problem}"
+            else:
+                if found or not attention.is_of_transformers(whole):
+                    return found
+                reason = "nothing says what a small input of it is, to hold its attention against"
+        self.report.left.append(Left(name, "whole model", reason))
+        return []
+
     def _checked(
-        self, name: str, expected: list[Tensor], swap: Callable[[], None]
+        self,
+        kind: str,
+        name: str,
+        expected: list[Tensor],
+        swap: Callable[[str, nn.Module], None],
     ) -> list[Tensor] | None:
-        """A swap whose small input is the whole model's: its output, or None where it went back."""
+        """A swap whose small input is a whole model's: its output, or None where it went back."""
         steps, swapped = len(self.report._steps), len(self.report.swapped)
+        whole = self.model.get_submodule(name)
         try:
-            if not expected:
-                raise Refusal(name, "nothing says what a small input of this model is")
-            swap()
-            got = outputs(self.model)
+            swap(name, whole)
+            got = outputs(whole)
             if not (error := difference(got, expected)) <= MODEL_ROUNDINGS:
-                raise Refusal(name, f"{error:.0f} times what rounding explains in its output")
+                raise Refusal(kind, f"{error:.0f} times what rounding explains in its output")
         except (Refusal, RuntimeError, TypeError, ValueError) as problem:
             self.report.undo(steps)
             del self.report.swapped[swapped:]
             reason = problem.reason if isinstance(problem, Refusal) else str(problem)
-            self.report.left.append(Left("", name, reason))
+            self.report.left.append(Left(name, kind, reason))
             return None
         error, found = largest(got, expected), self.report.swapped[swapped:]
         self.report.swapped[swapped:] = [replace(swap, error=error) for swap in found]
         return got
 
-    def _choose_attention(self) -> None:
-        choice = attention.OwnConfig.choose(self.model)
+    def _choose_attention(self, name: str, whole: nn.Module) -> None:
+        choice = attention.OwnConfig.choose(whole, self.model)
         self.report._steps.append(choice.undo)
-        self.report.swapped.append(Swap("", "attention", 0.0))
+        self.report.swapped.append(Swap(name, "attention", 0.0))
 
-    def _swap_rotary(self) -> None:
-        for name, module in self.model.named_modules():
+    def _swap_rotary(self, prefix: str, whole: nn.Module) -> None:
+        for name, module in whole.named_modules(prefix=prefix):
             found = None if untouchable(module) else apply(attention.ROPE, module)
             if found is not None:
                 self._record(name, attention.ROPE.name, *found)
 
-    def _swap_loss(self) -> None:
+    def _swap_loss(self, name: str, whole: nn.Module) -> None:
         """The head and its cross entropy, in training."""
-        found = loss.recognised(self.model)
+        found = loss.recognised(whole)
         if found is None or self.packing is not None:
             return
-        theirs = type(self.model).forward
-        change = become(self.model, loss.HeadLoss, _llmcore_loss=found)
+        theirs = type(whole).forward
+        change = become(whole, loss.HeadLoss, _llmcore_loss=found)
         change = replace(change, attributes=("_llmcore_loss", "_llmcore_loss_output"))
         try:
-            error = loss.checked(self.model, theirs)
+            error = loss.checked(whole, theirs)
         except (Refusal, RuntimeError, TypeError, ValueError, KeyError) as problem:
             change.undo()
             reason = problem.reason if isinstance(problem, Refusal) else str(problem)
-            self.report.left.append(Left("", "linear_cross_entropy", reason))
+            self.report.left.append(Left(name, "linear_cross_entropy", reason))
         else:
-            self._record("", "linear_cross_entropy", change, error)
+            self._record(name, "linear_cross_entropy", change, error)
 
-    def _swap_passes(self) -> None:
+    def _swap_passes(self, name: str, whole: nn.Module) -> None:
         """Passes over a cache by one native call, where the model is such a decoder."""
-        if decoder.generates(self.model):
+        if decoder.generates(whole):
             attributes = {"_llmcore_passes": decoder.Passes()}
-            change = become(self.model, decoder.CausalDecoder, **attributes)
+            change = become(whole, decoder.CausalDecoder, **attributes)
             try:
-                undo, error = decoder.checked(self.model)
+                undo, error = decoder.checked(whole)
             except (decoder.Unfit, *decoder.OF_OTHERS) as reason:
                 change.undo()
-                self.report.left.append(Left("", "decoder pass", str(reason)))
+                self.report.left.append(Left(name, "decoder pass", str(reason)))
             else:
                 self.report._steps.append(undo)
-                self._record("", "decoder pass", change, error)
+                self._record(name, "decoder pass", change, error)
 
-    def _swap_modules(self) -> None:
+    def _swap_modules(self, ends: set[int]) -> None:
         """Each module by the table, children before their parents."""
         if self.packing is not None:
             self.report._steps.append(self.packing.undo)
-        ends = _tied_or_last(self.model)
         for name, module in reversed(list(self.model.named_modules())):
             if reason := untouchable(module):
                 self.report.left.append(Left(name, type(module).__name__, reason))
@@ -206,9 +240,23 @@ class _Work:
         self.report.swapped.append(Swap(name, structure, error))
 
 
-def _tied_or_last(model: nn.Module) -> set[int]:
-    """The parameters, by id, that are embeddings too, or that the model's logits come from."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    return embeddings | ({id(head.weight)} if isinstance(head, nn.Linear) else set())
+def _of_transformers(module: nn.Module, name: str) -> list[str]:
+    """The names of the outermost models of transformers in a module that has this name."""
+    if attention.is_of_transformers(module):
+        return [name]
+    return [
+        inner
+        for child, below in module.named_children()
+        for inner in _of_transformers(below, f"{name}.{child}" if name else child)
+    ]
+
+
+def _tied_or_last(model: nn.Module, wholes: Iterable[nn.Module]) -> set[int]:
+    """The parameters, by id, that are embeddings too, or that a whole's logits come from."""
+    found = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for whole in wholes:
+        get_head = getattr(whole, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
+        if isinstance(head, nn.Linear):
+            found.add(id(head.weight))
+    return found

@@ -22,6 +22,7 @@ from bench_cases import (  # noqa: F401  (pytest finds fixtures by name here)
 
 from llmcore import cli, native, verify_command
 from llmcore.benchmarks import (
+    bench_accelerate,
     command,
     contest,
     machine,
@@ -134,6 +135,7 @@ def test_bench_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--dtypes", "fp32,fp8"], "got 'fp8', expected one of fp32, bf16, fp16"),
         (["--threads", "0"], "got 0, expected at least 1"),
         (["dance"], "ops: got 'dance', expected one of"),
+        (["accelerate", "dance"], "accelerate: got 'dance', expected some of GPT-2, Llama"),
     ],
 )
 def test_bench_command_refuses(
@@ -145,6 +147,23 @@ def test_bench_command_refuses(
         status = int(ended.code or 0)
     said = capsys.readouterr()
     assert status == 2 and message in said.out + said.err
+
+
+def test_bench_accelerate_takes_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    shape = bench_accelerate.Shape("BERT-base", 2.0, 1.0, 1.3)
+    monkeypatch.setattr(bench_accelerate, "fma_peak", lambda: 1e9)
+    monkeypatch.setattr(
+        bench_accelerate, "compare", lambda f, rounds: bench_accelerate.Row(f.name, {}, [], 0.0)
+    )
+    monkeypatch.setitem(bench_accelerate.SHAPES, "BERT-base", (lambda rounds: iter([shape]), 7))
+    path = tmp_path / "found.json"
+    assert cli.main(["bench", "accelerate", "BERT-base", "Llama", "--json", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "| Llama |" in said and "| BERT-base | 2.0 | 1.0 | 2.00 |" in said
+    assert "| GPT-2 |" not in said and path.exists()
 
 
 def test_bench_machine_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: Any) -> None:

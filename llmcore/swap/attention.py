@@ -24,10 +24,9 @@ from llmcore.swap.instance import Swapped
 from llmcore.swap.structure import Structure, agrees, draw
 
 
-def has_attention_choice(model: nn.Module) -> bool:
-    """Whether the model is transformers' and its class lets an attention function be chosen."""
-    choose = getattr(type(model), "_can_set_attn_implementation", None)
-    return callable(choose) and bool(choose())
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether its class says if an attention function may be chosen, as those of transformers."""
+    return callable(getattr(type(model), "_can_set_attn_implementation", None))
 
 
 @dataclass
@@ -40,23 +39,23 @@ class OwnConfig:
     places: list[tuple[nn.Module, str, Any]]
 
     @classmethod
-    def choose(cls, model: nn.Module) -> OwnConfig:
+    def choose(cls, model: nn.Module, around: nn.Module) -> OwnConfig:
         """Give the model a config of its own that names llmcore's attention.
 
-        ValueError where its attention is one that was asked for by name ("flex_attention", ...).
+        Where what is `around` it has that config too, it gets the same one.
+        ValueError where its class has no choice of attention functions, or its attention is one
+        that was asked for by name ("flex_attention", ...).
         """
         own: Any = model
+        if not type(own)._can_set_attn_implementation():
+            raise ValueError("its class has no choice of attention functions")
         chosen = own.config._attn_implementation
         if chosen not in ("sdpa", "eager", None):
             raise ValueError(f"attn_implementation {chosen!r} was chosen for this model")
         attention_interface.register()
         copies: dict[int, Any] = {}
-        places = [
-            (module, name, value)
-            for module in model.modules()
-            for name, value in vars(module).items()
-            if hasattr(type(value), "_attn_implementation")
-        ]
+        own_configs = {id(config) for _, _, config in configs_in(model)}
+        places = [place for place in configs_in(around) if id(place[2]) in own_configs]
         for _, _, config in places:
             copy.deepcopy(config, copies)  # sub-configs too, each once
         for module, name, config in places:
@@ -76,6 +75,14 @@ class OwnConfig:
                 if key != "_attn_implementation_internal" and key in vars(config):
                     _set_if_plain(config, key, value)
             setattr(module, name, config)
+
+
+def configs_in(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Where its modules keep configs that name an attention function."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if hasattr(type(value), "_attn_implementation"):
+                yield module, name, value
 
 
 def _set_if_plain(config: Any, key: str, value: Any) -> None:

@@ -221,7 +221,10 @@ def checked(model: Any) -> tuple[Callable[[], None], float]:
         if passes.count == count:
             raise Unfit("its calls have arguments that a native pass has no way for")
         if (error := difference(found, expected)) > ROUNDINGS:
-            raise Unfit(f"{error:.0f} times what rounding explains")
+            raise Unfit(
+                f"its logits differ by {error:.0f} times what rounding explains: something is "
+                "computed that its parts don't show"
+            )
         if strides != [p.stride() for p in model.parameters()]:
             # Gradients of parameters that lie transposed are copied: not before text is written.
             undo()

@@ -93,8 +93,13 @@ def parts_of(model: nn.Module, trace: Trace) -> Parts:
     stacks = [m for m in children if isinstance(m, nn.ModuleList)]
     norms = [m for m in children if is_norm(m)]
     others = [m for m in children if m not in (*stacks, *norms, embedding)]
-    if not isinstance(head, Linear) or (len(stacks), len(norms), len(others)) != (1, 1, 1):
-        raise Unfit("its parts are not an embedding, positions, layers, a norm and a head")
+    if not isinstance(head, Linear):
+        raise Unfit(f"its head, a {type(head).__name__}, is no linear that was swapped")
+    if (len(stacks), len(norms), len(others)) != (1, 1, 1):
+        raise Unfit(
+            "its parts are not an embedding, positions, layers and a norm before the head: it has "
+            + ", ".join(described(m) for m in (*norms, *others))
+        )
     layers = tuple(layer_of(layer, trace) for layer in stacks[0])
     (place,) = others
     position = rotary = None
@@ -311,8 +316,9 @@ def embedding_scale(embedding: nn.Embedding) -> float:
     weight = embedding.weight
     ids = torch.arange(min(4, len(weight)))
     found, plain = embedding(ids), F.embedding(ids, weight)
-    scalars = [b for b in embedding.buffers(recurse=False) if b.ndim == 0]
-    for scale in (1.0, *(b.to(weight.dtype).item() for b in scalars)):
+    scalars = [b.to(weight.dtype).item() for b in embedding.buffers(recurse=False) if b.ndim == 0]
+    scalars += [value for value in vars(embedding).values() if isinstance(value, float)]
+    for scale in (1.0, *scalars):
         if torch.equal(found, plain * scale):
             return scale
     raise Unfit("its embedding gives no multiple of its rows")

@@ -199,6 +199,10 @@ def checked(model: Any, theirs: Callable[..., Any]) -> float:
     arguments = next(iter(small_inputs(model)), None)
     if arguments is None or "input_ids" not in arguments:
         raise Refusal("linear_cross_entropy", "nothing says what a small input of this model is")
+    if (dtype := next(model.base_model.parameters()).dtype) != torch.float32:
+        raise Refusal(
+            "linear_cross_entropy", f"a loss in float32 over weights in {dtype}, which it rounds to"
+        )
     arguments = {**arguments, "labels": arguments["input_ids"].clone()}
     arguments["labels"][0, :2] = -100
     # What everything behind the head goes through, at a fraction of all gradients' memory.

@@ -84,7 +84,9 @@ def apply(structure: Structure, module: nn.Module) -> tuple[Change, float] | Non
         return None
     if structure.inputs is None:
         return become(module, structure.swap, **attributes), 0.0
-    call = (structure.inputs(module), structure.options, structure.gradients)
+    # Of weights that were made in inference mode nobody can have gradients.
+    gradients = structure.gradients and not any(p.is_inference() for p in module.parameters())
+    call = (structure.inputs(module), structure.options, gradients)
     expected = results(module, *call)
     change = become(module, structure.swap, **attributes)
     try:
