@@ -64,7 +64,8 @@ def accelerate(model: nn.Module, *, weights: str | None = None) -> Report:
         raise ValueError("model: is accelerated already; undo that first")
     work = _Work(model, Packing(weights) if weights else None)
     try:
-        with quiet(model), torch.inference_mode(False):  # gradients are compared too
+        # Gradients are recorded where they are compared: in inference mode too, and not elsewhere.
+        with quiet(model), torch.inference_mode(False), torch.no_grad():
             work.run()
     except BaseException:
         work.report.undo()
