@@ -230,7 +230,7 @@ class Peer:
 
 
 def peers_of(model: Decoder, folder: Path, stock_folder: Path | None, compiles: bool) -> list[Peer]:
-    """All peers; CTranslate2 converts a folder with a tokenizer, where there is one."""
+    """All peers; some convert a folder with a tokenizer, where there is one."""
 
     def hugging_face(dtype: torch.dtype, width: str, compiled: bool) -> Engine:
         stock = to_transformers(model).to(dtype)
@@ -250,6 +250,9 @@ def peers_of(model: Decoder, folder: Path, stock_folder: Path | None, compiles: 
         for format, width in other_engines.CTRANSLATE2_WIDTHS.items():
             translate = partial(other_engines.CTranslate2, stock_folder, folder, format)
             found.append(Peer(f"CTranslate2 {format}", engines.OTHERS, width, translate))
+        for format, width in other_engines.GENAI_WIDTHS.items():
+            onnx = partial(other_engines.OnnxRuntimeGenAI, stock_folder, folder, format)
+            found.append(Peer(f"onnxruntime-genai {format}", engines.OTHERS, width, onnx))
     return found
 
 
@@ -307,7 +310,7 @@ def timed(
 ) -> Outcome:
     """The rounds; the probe of the read bandwidth is one of those who take turns."""
     has_native = native.module is not None
-    read = roofline.read(READ_BYTES) if has_native else None
+    read = roofline.read(READ_BYTES, huge_pages=True) if has_native else None
     seconds: list[list[float]] = [[] for _ in ready]
     reads: list[float] = []
     before = roofline.cores_had() if has_native else None

@@ -1,4 +1,4 @@
-"""llama.cpp and CTranslate2, for whoever has them installed.
+"""llama.cpp, CTranslate2 and onnxruntime-genai, for whoever has them installed.
 
 Each runs a model of ours on as many threads as torch does. What they need on disk is made once, and
 a file appears whole or not at all.
@@ -10,6 +10,8 @@ import ctypes
 import json
 import logging
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,9 @@ GGUF_WIDTHS = {"F32": "fp32", "BF16": "bf16", "Q8_0": "int8", "Q4_0": "int4", "Q
 """llama.cpp's formats, and how wide a weight is in them."""
 
 CTRANSLATE2_WIDTHS = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
+
+GENAI_WIDTHS = {"fp32": "fp32", "int4": "int4"}
+"""onnxruntime-genai's for CPUs."""
 
 REST = 0.02
 """Seconds after a turn: GNU's OpenMP, which llama.cpp and CTranslate2 use, spins for some
@@ -204,8 +209,53 @@ class CTranslate2(Engine):
         return (times[-1] - times[1]) / (len(times) - 2)
 
 
+class OnnxRuntimeGenAI(Stepping):
+    """onnxruntime-genai, one sequence, on what its own builder makes of a Hugging Face folder."""
+
+    side, rest = OTHERS, REST
+
+    def __init__(self, stock_folder: Path, folder: Path, format: str) -> None:
+        import onnxruntime_genai
+
+        self.library: Any = onnxruntime_genai
+        self.name, self.width = f"onnxruntime-genai {format}", GENAI_WIDTHS[format]
+        path = folder / f"genai-{format}"
+        if not path.exists():
+            with whole(path) as part:
+                builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+                paths = ["-i", str(stock_folder), "-o", str(part), "-c", str(part)]
+                command = [*builder, *paths, "-p", format, "-e", "cpu"]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise RuntimeError(done.stderr.strip().rpartition("\n")[2])
+        config = onnxruntime_genai.Config(str(path))
+        session = {"intra_op_num_threads": torch.get_num_threads()}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+        self.model: Any = onnxruntime_genai.Model(config)
+        self.generator: Any = None
+
+    def begin(self, job: Job) -> None:
+        if job.batch > 1:
+            raise RuntimeError("behind its prompt a batch takes the tokens of its own choice only")
+        parameters = self.library.GeneratorParams(self.model)
+        parameters.set_search_options(batch_size=1, max_length=job.length + 1)
+        self.generator = self.library.Generator(self.model, parameters)
+
+    def step(self, ids: Tensor) -> None:
+        self.generator.append_tokens(ids.numpy().astype(numpy.int32).flatten())
+
+    def rewind(self) -> None:
+        self.generator.rewind_to(self.job.context)
+
+    def logits(self, result: None) -> Tensor:
+        found = torch.from_numpy(numpy.array(self.generator.get_logits()))
+        return found.reshape(1, -1, found.shape[-1])[:, -1].float()
+
+    def close(self) -> None:
+        self.generator = None
+
+
 ABSENT = {
-    "onnxruntime-genai": "its model builder wants onnx_ir besides: there is no engine for it here",
     "OpenVINO": "no export of a decoder with its cache is to be had offline without optimum",
 }
 """Who could take part, and why they don't."""

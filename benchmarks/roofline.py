@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from llmcore import native
+from llmcore.models.plan import into_huge_pages
 
 from .timing import Contender, Plan, Timing, measure
 
@@ -114,13 +115,18 @@ def in_turn(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
     return lambda: next(endless)()
 
 
-def read(size: int, sets: int = 1) -> Probe:
-    """Reading `size` bytes; of several sets, the next one at each call."""
-    result, passes = results(), passes_over(size, sets)
+def read(size: int, sets: int = 1, *, huge_pages: bool = False) -> Probe:
+    """Reading `size` bytes; of several sets, the next one at each call.
+
+    In the pages that torch's tensors lie in, unless all of it is moved into huge ones.
+    """
+    result, passes, sources = results(), passes_over(size, sets), buffers(size, sets)
+    if huge_pages:
+        into_huge_pages(sources)
     calls: list[Callable[[], Any]] = [
-        functools.partial(raw("read"), x, passes, result) for x in buffers(size, sets)
+        functools.partial(raw("read"), x, passes, result) for x in sources
     ]
-    return Probe("read", in_turn(calls), buffers(size, 1)[0].nbytes * passes)
+    return Probe("read", in_turn(calls), sources[0].nbytes * passes)
 
 
 def copies(size: int, sets: int) -> Iterator[Probe]:

@@ -1,9 +1,11 @@
 // What is not a tensor op: the levels of this build and this machine, and a decoder's pass.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <utility>
 
 #include "exchange.h"
+#include "huge_pages.h"
 #include "levels.h"
 #include "scratch_pool.h"
 
@@ -33,5 +35,7 @@ PYBIND11_MODULE(_native, m) {
         "Give the scratch memory that is kept between calls back to the system.");
   m.def("exchange_seconds", llmcore::exchange_seconds, py::call_guard<py::gil_scoped_release>(),
         "Seconds that a cache line takes from one CPU to another; negative where that cannot be measured.");
+  m.def("into_huge_pages", llmcore::into_huge_pages, py::arg("pieces"), py::call_guard<py::gil_scoped_release>(),
+        "Move memory, [(address, bytes)], into huge pages where it lies; how many bytes are in such pages then.");
   llmcore::bind_decoder_plan(m);
 }

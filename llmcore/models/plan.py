@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,6 +105,7 @@ class Plan:
             activation=getattr(native.module.Activation, config.activation),
             dtype=_dtype(self.dtype),
         )
+        into_huge_pages(self.tensors)
 
     @classmethod
     def of(cls, model: Decoder, cache: Cache) -> Plan | None:
@@ -354,6 +356,18 @@ def _level(backend: str) -> int | None:
 def _dtype(dtype: torch.dtype) -> Any:
     assert native.module is not None
     return getattr(native.module.Dtype, str(dtype).removeprefix("torch."))
+
+
+def into_huge_pages(tensors: Sequence[Tensor]) -> int:
+    """Their memory into huge pages, as csrc/huge_pages.h says: how many bytes are in such pages.
+
+    A pass of few tokens is bound by reading the weights. Pages that were moved before cost next to
+    nothing.
+    """
+    assert native.module is not None
+    pieces = {(t.data_ptr(), t.nbytes) for t in tensors}  # a tied embedding is one
+    moved: int = native.module.into_huge_pages(sorted(pieces))
+    return moved
 
 
 def address(tensor: Tensor | None) -> int:

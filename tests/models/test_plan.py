@@ -1,6 +1,8 @@
 """The native pass: the bits of the modules it stands for, and every reason to go by those."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import llmcore
 from llmcore import device, dispatch
 from llmcore.models import KVCache, PagedKVCache
 from llmcore.models.packed import pack_weights
-from llmcore.models.plan import Plan, refuses_cache, refuses_call, refuses_model
+from llmcore.models.plan import Plan, into_huge_pages, refuses_cache, refuses_call, refuses_model
 
 pytestmark = pytest.mark.skipif(
     llmcore.native.module is None, reason=f"the native kernels: {llmcore.native.why_not}"
@@ -75,6 +77,46 @@ def test_plan_takes_packed_weights(tiny_decoder, gpt2_shape, monkeypatch, shape,
 def test_plan_at_every_level(tiny_decoder, monkeypatch, level):
     with llmcore.use(f"cpu_{level}"):
         assert_same_bits(tiny_decoder(), monkeypatch)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_plan_has_the_same_bits_on_any_threads(tiny_decoder, threads):
+    model, before = tiny_decoder(width=512, feed_forward=1024), torch.get_num_threads()
+    expected, _ = passes(model)
+    try:
+        torch.set_num_threads(threads)
+        found, planned = passes(model)
+    finally:
+        torch.set_num_threads(before)
+    assert planned
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def huge_bytes():
+    """Of this process in huge pages."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
+
+
+def test_huge_pages_keep_contents():
+    whole, small = torch.arange(4 << 20), torch.zeros(1000)
+    address, before = whole.data_ptr(), huge_bytes() if sys.platform == "linux" else 0
+    moved = into_huge_pages([whole, small, whole])
+    assert torch.equal(whole, torch.arange(4 << 20)) and whole.data_ptr() == address
+    assert moved % (2 << 20) == 0 and 0 <= moved <= whole.nbytes + (2 << 20)
+    assert into_huge_pages([small]) == 0
+    if not moved:
+        pytest.skip("this system moves no memory into huge pages when asked to")
+    assert huge_bytes() - before >= moved // 2  # some may have been in such pages before
+
+
+def test_plan_moves_all_weights_into_huge_pages(tiny_decoder, monkeypatch):
+    moved = []
+    monkeypatch.setattr("llmcore.models.plan.into_huge_pages", moved.extend)
+    model = tiny_decoder()
+    assert passes(model)[1]
+    assert {p.data_ptr() for p in model.parameters()} <= {t.data_ptr() for t in moved}
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned"])
