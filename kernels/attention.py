@@ -29,15 +29,13 @@ FEW_ROWS = 64  # up to so many packed rows count as decoding
 
 # BLOCK_M, BLOCK_N, warps and stages for widths to 64 and to 128, where nothing spills inside of the
 # loop. 32 rows a mma.sync warp: each fragment of k and v feeds 4 products, and the tensor cores are
-# busy for longer than shared memory; with 16 rows a warp they are not.
+# busy for longer than shared memory; with 16 rows a warp they are not. 3 stages are two buffers.
 TILES = {
-    "mma": ((128, 32, 4, 3), (128, 32, 4, 2)),
+    "mma": ((128, 32, 4, 3), (128, 32, 4, 3)),
     "wgmma": ((128, 64, 4, 3), (128, 64, 8, 3)),
     "tcgen05": ((128, 64, 8, 3), (128, 64, 8, 3)),
     "mfma": ((128, 32, 4, 1), (128, 32, 4, 1)),
 }
-# A sequence's place among packed ones takes registers that mma.sync's tiles have not to spare.
-PACKED_TILES = {**TILES, "mma": ((128, 32, 4, 3), (64, 64, 8, 2))}
 
 
 @triton.jit
@@ -359,15 +357,13 @@ def tensors_of(q: torch.Tensor, keys: int, extra: Any) -> dict[str, Any]:
     return given
 
 
-def forward_tiles(
-    q: torch.Tensor, value_width: int, rows: int, compute: torch.dtype, *, packed: bool = False
-) -> dict:
+def forward_tiles(q: torch.Tensor, value_width: int, rows: int, compute: torch.dtype) -> dict:
     """BLOCK_M, BLOCK_N, warps and stages by registers and shared memory, pruned by the rows."""
     width = max(q.shape[-1], value_width)
     if compute == torch.float32:  # products without tensor cores hold both factors in registers
         tiles = (64, 32, 4, 2) if width <= 64 else (32, 32, 4, 2)
     elif width <= 128:
-        tiles = (PACKED_TILES if packed else TILES)[products()][width > 64]
+        tiles = TILES[products()][width > 64]
     else:
         tiles = (64, 32, 8, 2)
     if target().backend == "hip":  # 64 KiB of shared memory

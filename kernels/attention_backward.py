@@ -6,6 +6,11 @@ group are rows like others, so their sum is the program's own. query_kernel: a p
 of rows and walks over keys, as forward does, for dq. The weights are computed again in both, from
 lse: 7 products of 2 T S D operations where the least is 5, for the same bits on every run.
 
+A tile's second operand is loaded where its product stands, not at the top of the loop: there the
+compiler holds all fragments at once, and spills. Scores turned around, so that warps share both
+directions of a tile, were tried on sm_80: the compiler repeats products (1.5 to 1.7 times those by
+hand) and spills 120 to 370 times in a turn.
+
 Registers a thread, of 255: key_kernel BLOCK_N * (BLOCK_D + BLOCK_DV) / threads for dk and dv, and
 BLOCK_M * BLOCK_N / threads each for the scores and for their gradient; query_kernel BLOCK_M *
 BLOCK_D / threads, and the same two.
@@ -31,12 +36,13 @@ from .attention_scores import Extra, Operand, Shape
 from .launch import factors, launch, products, target
 
 # BLOCK_M, BLOCK_N, warps and stages of key_kernel and of query_kernel, for widths to 64 and to 128,
-# where nothing spills inside of the loop. A warp group of wgmma takes 64 rows: with fewer for each
-# it would repeat another one's products.
+# where nothing spills in the loop over blocks without a mask. With 3 stages one block is copied
+# while another is multiplied; with 2 there is one buffer, and another program must fill in. A warp
+# group of wgmma takes 64 rows: with fewer for each it would repeat another one's products.
 TILES = {
     "mma": (
-        ((32, 128, 4, 2), (128, 32, 8, 2)),
-        ((32, 64, 4, 2), (64, 32, 4, 2)),
+        ((32, 128, 4, 3), (128, 64, 8, 3)),
+        ((64, 64, 4, 2), (128, 16, 4, 3)),
     ),
     "wgmma": (
         ((64, 128, 8, 2), (128, 64, 8, 2)),
@@ -54,8 +60,8 @@ TILES = {
 PACKED_TILES = {
     **TILES,
     "mma": (
-        ((32, 128, 8, 2), (128, 32, 8, 2)),
-        ((32, 64, 4, 2), (64, 32, 4, 2)),
+        ((32, 128, 8, 3), (128, 64, 8, 3)),
+        ((32, 64, 4, 2), (128, 16, 4, 3)),
     ),
 }
 
@@ -94,10 +100,10 @@ def delta_kernel(
 
 @triton.jit
 def load_statistics(lse, delta, at, row, SHARE: tl.constexpr):
-    """lse in units of log2 in parts, high + low + log2(1 / power), and delta; of existing rows.
+    """lse in units of log2 as high + log2(1 / power), and delta; of existing rows.
 
     In float32 a weight 2^(s - lse) would lose the bits that a difference of large numbers has not:
-    so lse's whole part, where it is moderate, becomes a power of 2 to multiply by.
+    so lse's whole part, where it is moderate, and what `high` lacks, are in a factor beside.
     A row that attends to nothing, or is none, counts as having an infinite sum: its weights are 0.
     """
     inside = row < at.rows * SHARE
@@ -112,18 +118,15 @@ def load_statistics(lse, delta, at, row, SHARE: tl.constexpr):
     low = tl.where(value == float("inf"), 0.0, low)
     whole = tl.where(tl.abs(high) < 64.0, tl.floor(high), 0.0)
     place = at.batch * delta.batch + head * delta.head + query * delta.row
-    power = tl.math.exp2(-whole)
-    return high - whole, low, power, tl.load(delta.data + place, inside, other=0.0)
+    power = tl.math.exp2(-whole - low)
+    return high - whole, power, tl.load(delta.data + place, inside, other=0.0)
 
 
 @triton.jit
-def weights_and_slopes(
+def weights_of(
     product,
-    dproduct,
     high_part,
-    low_part,
     power,
-    delta,
     at,
     head,
     query,
@@ -133,25 +136,41 @@ def weights_and_slopes(
     SHARE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The weights as they met v, and the gradient of q . k but for the scale, of one tile.
+    """A tile's weights and the slope of their scores, of `product` = q . k; which of them are seen
+    (the others are 0), and which dropout keeps.
 
-    `product` is q . k and `dproduct` dy . v; statistics broadcast to the tile.
+    Statistics broadcast to the tile.
     """
     inside = (query < at.rows) & (key < at.keys)
     score, slope = common.scores(product, at, head, query, key, inside, extra)
-    weight = tl.math.exp2(tl.fma(score, extra.factor, -high_part) - low_part) * power
+    weight = tl.math.exp2(tl.fma(score, extra.factor, -high_part)) * power
+    seen = inside
     if MASKED:
         seen = common.visible(at, head, query, key, inside, extra)
         weight = tl.where(seen, weight, 0.0)
-    used = weight
+    keep = inside
     if extra.kept is not None:
         keep = common.kept(at, head, query, key, shape, extra, SHARE)
-        used = tl.where(keep, weight * extra.kept, 0.0)
+    return weight, slope, seen, keep
+
+
+@triton.jit
+def used_of(weight, keep, extra):
+    """The weights as they met v."""
+    if extra.kept is not None:
+        weight = tl.where(keep, weight * extra.kept, 0.0)
+    return weight
+
+
+@triton.jit
+def gradient_of(weight, slope, seen, keep, dproduct, delta, extra, MASKED: tl.constexpr):
+    """The gradient of q . k but for the scale, of `dproduct` = dy . v."""
+    if extra.kept is not None:
         dproduct = tl.where(keep, dproduct * extra.kept, 0.0)
     gradient = weight * (dproduct - delta) * slope
     if MASKED:
         gradient = tl.where(seen, gradient, 0.0)
-    return used, gradient
+    return gradient
 
 
 @triton.jit
@@ -194,26 +213,21 @@ def key_kernel(
                 query = (row // SHARE)[None, :]
                 head = (at.group * SHARE + row % SHARE)[None, :]
                 q_tile = common.load_rows(q, at, row, SHARE, WIDTH, BLOCK_D, phase != 1).to(COMPUTE)
+                high_part, power, row_delta = load_statistics(lse, delta, at, row, SHARE)
+                weight, slope, seen, keep = weights_of(
+                    tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION),
+                    *(high_part[None, :], power[None, :]),
+                    *(at, head, query, key, shape, extra, SHARE, phase != 1),
+                )
                 dy_tile = common.load_rows(
                     dy, at, row, SHARE, VALUE_WIDTH, BLOCK_DV, phase != 1
                 ).to(COMPUTE)
-                high_part, low_part, power, row_delta = load_statistics(lse, delta, at, row, SHARE)
-                weight, gradient = weights_and_slopes(
-                    tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION),
+                gradient = gradient_of(
+                    *(weight, slope, seen, keep),
                     tl.dot(v_tile, tl.trans(dy_tile), input_precision=PRECISION),
-                    high_part[None, :],
-                    low_part[None, :],
-                    power[None, :],
-                    row_delta[None, :],
-                    at,
-                    head,
-                    query,
-                    key,
-                    shape,
-                    extra,
-                    SHARE,
-                    phase != 1,
+                    *(row_delta[None, :], extra, phase != 1),
                 )
+                weight = used_of(weight, keep, extra)
                 dv_tile = tl.dot(weight.to(COMPUTE), dy_tile, dv_tile, input_precision=PRECISION)
                 if phase != 1:
                     q_tile = tl.where(common.is_finite(q_tile), q_tile, 0.0)
@@ -276,7 +290,7 @@ def query_kernel(
     row, query, head, blocks = common.query_tile(at, tile, extra, SHARE, BLOCK_M, BLOCK_N)
     q_tile = common.load_rows(q, at, row, SHARE, WIDTH, BLOCK_D, True).to(COMPUTE)
     dy_tile = common.load_rows(dy, at, row, SHARE, VALUE_WIDTH, BLOCK_DV, True).to(COMPUTE)
-    high_part, low_part, power, row_delta = load_statistics(lse, delta, at, row, SHARE)
+    high_part, power, row_delta = load_statistics(lse, delta, at, row, SHARE)
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     for phase in tl.static_range(3):
@@ -287,24 +301,19 @@ def query_kernel(
                 k_tile = common.load_key_rows(k, at, key_row, WIDTH, BLOCK_D, phase != 1).to(
                     COMPUTE
                 )
+                key = key_row[None, :]
+                weight, slope, seen, keep = weights_of(
+                    tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION),
+                    *(high_part[:, None], power[:, None]),
+                    *(at, head, query, key, shape, extra, SHARE, phase != 1),
+                )
                 v_tile = common.load_key_rows(v, at, key_row, VALUE_WIDTH, BLOCK_DV, phase != 1).to(
                     COMPUTE
                 )
-                _, gradient = weights_and_slopes(
-                    tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION),
+                gradient = gradient_of(
+                    *(weight, slope, seen, keep),
                     tl.dot(dy_tile, tl.trans(v_tile), input_precision=PRECISION),
-                    high_part[:, None],
-                    low_part[:, None],
-                    power[:, None],
-                    row_delta[:, None],
-                    at,
-                    head,
-                    query,
-                    key_row[None, :],
-                    shape,
-                    extra,
-                    SHARE,
-                    phase != 1,
+                    *(row_delta[:, None], extra, phase != 1),
                 )
                 if phase != 1:
                     k_tile = tl.where(common.is_finite(k_tile), k_tile, 0.0)

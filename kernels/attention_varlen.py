@@ -37,7 +37,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: Any, option
         q, scale, negate = attention.positive_scale(q, options.scale)
         q, k, v = map(attention.by_rows, (q, k, v))
         compute, share = factors(q, k), heads // k.shape[1]
-        tiles = attention.forward_tiles(q, v.shape[2], total * share, compute, packed=True)
+        tiles = attention.forward_tiles(q, v.shape[2], total * share, compute)
         block = tiles["BLOCK_M"]
         count = total * share // block + shape.batches
         attention.run(

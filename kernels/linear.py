@@ -60,8 +60,23 @@ def weight_tile(
     else:
         halves = tl.join(raw & 15, raw >> 4)
         quads = tl.reshape(halves, (PANELS, GROUP // 8, 16, 4, 2))
-        tile = tl.permute(quads, (1, 4, 3, 0, 2))
+        tile = tl.permute(quads, (4, 1, 3, 0, 2))
     return tl.reshape(tile, (GROUP, PANELS * 16))
+
+
+@triton.jit
+def columns_of_a_group(GROUP: tl.constexpr, BITS: tl.constexpr):
+    """Which column of a group each row of weight_tile belongs to.
+
+    Of int4, first those of the lower halves of bytes: so both halves of a byte are of one thread.
+    """
+    column = tl.arange(0, GROUP)
+    if BITS == 4:
+        HALF: tl.constexpr = GROUP // 2
+        rest = column % HALF
+        column = rest // 4 * 8 + column // HALF * 4 + rest % 4
+        column = tl.max_contiguous(tl.multiple_of(column, 4), 4)
+    return column
 
 
 @triton.jit
@@ -91,9 +106,10 @@ def product_kernel(
     panel = tl.minimum(panel, last_panel)  # those beyond compute what nobody stores
     first = tl.program_id(1) * part_groups
     total = tl.zeros([BLOCK_M, PANELS * 16], tl.float32)
+    column = columns_of_a_group(GROUP, BITS)
     for group in tl.range(first, tl.minimum(first + part_groups, groups)):
         weight = weight_tile(values, panel, group, groups, GROUP, PANELS, BITS) - ZERO
-        at = row.to(tl.int64)[:, None] * (groups * GROUP) + group * GROUP + tl.arange(0, GROUP)
+        at = row.to(tl.int64)[:, None] * (groups * GROUP) + group * GROUP + column[None, :]
         x_tile = tl.load(q + at, (row < rows)[:, None], other=0)
         if GROUP < 32:  # less than the tensor cores' integers take; the same whole numbers
             product = tl.dot(x_tile.to(tl.float16), weight.to(tl.float16))

@@ -269,6 +269,8 @@ def print_triton(ops: list[str], targets: list[str]) -> None:
         for target in names:
             for line in inspect_triton.facts(name, target):
                 print(line, flush=True)
+                for shortcoming in line.shortcomings():
+                    print(f"    does not hold: {shortcoming}", flush=True)
 
 
 PRINTERS = {"cuda": print_cuda, "triton": print_triton}

@@ -14,6 +14,7 @@ import json
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,8 +64,9 @@ class Facts:
     occupancy: of `most_warps` that a multiprocessor holds. Of a block's turn of the hot loop
     (without a loop, of the whole kernel): `macs` multiply-adds of its matrix instructions and those
     counted by hand; `loop_bytes` read from and written to global memory; `local_in_loop`
-    instructions on spilled registers in any loop with as many products; `narrow` global accesses of
-    less than 128 bits, `atomics`. bound: the unit that is busy for longest (sm_80).
+    instructions on spilled registers, and the most of them in a loop over masked blocks; `narrow`
+    global accesses of less than 128 bits, `atomics`. bound: the unit that is busy for longest
+    (sm_80), and of its time `tensor_share`, in which tensor cores are busy.
     conflicts, coalescing: counted by the simulator (sm_80), else -1.
     """
 
@@ -86,8 +88,10 @@ class Facts:
     narrow: int
     loop_bytes: int
     local_in_loop: int
+    local_in_masked: int
     atomics: int
     bound: str = ""
+    tensor_share: float = 0.0
     conflicts: int = -1
     coalescing: float = -1.0
 
@@ -103,16 +107,69 @@ class Facts:
             f"{self.occupancy:>2}/{self.most_warps} warps  loop {self.instructions:>4}: "
             f"{self.matrix} matrix, {self.matrix_loads} ldmatrix, {self.shared_loads} shared, "
             f"{self.global_accesses} global ({self.narrow} below 128 bits), "
-            f"{self.local_in_loop} local"
+            f"{self.local_in_loop} local ({self.local_in_masked} in masked blocks)"
         )
         if self.macs_by_hand:
             text += f", {self.macs / self.macs_by_hand:.2f} of the products by hand"
             text += f", {self.intensity:.0f} operations a byte"
         if self.bound:
             text += f", bound by {self.bound}"
+            if self.bound != "memory":
+                text += f" (tensor cores {self.tensor_share:.0%})"
         if self.conflicts >= 0:
             text += f"; {self.conflicts} bank conflicts, {self.coalescing:.0%} coalesced"
         return text
+
+    def shortcomings(self) -> Iterator[str]:
+        """What a fast kernel would not have, with the reason where there is one."""
+        by_rows = self.kernel.startswith(BY_ROWS)
+        found = {
+            f"{self.local_in_loop} accesses of local memory in the loop": self.local_in_loop,
+            f"{self.atomics} atomics in the loop": self.atomics,
+            f"the tensor cores wait for: {self.bound}": self.bound not in ("", "tensor"),
+            f"{self.narrow} global accesses of less than 128 bits": self.narrow and not by_rows,
+            f"{self.conflicts} bank conflicts": self.conflicts > 0,
+            f"{self.coalescing:.0%} coalesced": 0 <= self.coalescing < 0.95,
+        }
+        whats = ("local", "atomic", "bound", "narrow", "conflicts", "coalescing")
+        for what, (text, holds) in zip(whats, found.items(), strict=True):
+            if holds:
+                reasons = (
+                    reason
+                    for (of, kernel), reason in REASONS.items()
+                    if of == what and re.match(kernel, self.kernel)
+                )
+                yield f"{text} ({next(reasons, 'no reason')})"
+
+
+BY_ROWS = ("attention_backward.delta_kernel", "attention.combine_kernel", "linear.quantize_kernel")
+"""Kernels of few bytes, which give each row a number."""
+
+DECODING = r"attention\.forward_kernel .*split"
+REASONS = {
+    (
+        "local",
+        r"attention\.forward_kernel D=128 M=128",
+    ): "a packed sequence's place takes registers",
+    ("bound", DECODING): "each byte of k and v is read once, from global memory",
+    ("bound", r"linear\.product_kernel int8"): "each byte of the weight is read once",
+    ("bound", r"linear\.product_kernel int4"): "halves of bytes become bytes one by one",
+    (
+        "bound",
+        r"attention_backward\.query_kernel",
+    ): "16 rows a warp, or 16 keys a turn: with more of "
+    "both the compiler, which keeps whole tiles of k, v and k again as operands, spills",
+    ("bound", r"attention_backward\.key_kernel"): "the compiler shares one direction of a chain of "
+    "products among warps, so each loads all rows; tiles with more products for a load spill",
+    ("narrow", r"attention_backward\.key_kernel"): "lse and delta, a float of each row",
+    ("narrow", DECODING): "a key's page",
+    ("narrow", r"linear\.product_kernel"): "scales and sums of a group",
+    ("conflicts", r"attention\.forward_kernel"): "in masked blocks only: there v is looked through "
+    "for NaN too, and the compiler swizzles what feeds products alone",
+    ("conflicts", r"linear\.product_kernel"): "4 columns by 8 outputs of a panel, 64 bytes between "
+    "columns, lie in 16 banks: two wavefronts instead of one",
+}
+"""By shortcoming, and kernel."""
 
 
 def label(launch: Launch) -> str:
@@ -230,12 +287,31 @@ def nvidia_facts(launch: Launch, target: str, title: str, simulate: bool) -> Fac
         count(ops, *machine_code.GLOBAL),
         machine_code.narrow_accesses(ops),
         threads * machine_code.bits_moved(ops, machine_code.GLOBAL) // 8,
+        count(ops, "LDL", "STL"),
         max(count(one.opcodes, "LDL", "STL") for one in alike),
         count(ops, "ATOM", "ATOMG", "RED"),
-        Issue.of(loop.always).bound() if hand and target == "sm_80" else "",
+        bound_of(title, loop, meta.num_warps) if hand and target == "sm_80" else "",
+        Issue.of(loop.always).tensor_share(),
         traffic.conflicts,
         traffic.ideal / max(traffic.sectors, 1) if traffic.conflicts >= 0 else -1.0,
     )
+
+
+READ_ONCE = re.compile(r"attention\.forward_kernel D=\d+ split|linear\.product_kernel")
+"""Kernels whose loop reads bytes that no other program does: they come from global memory."""
+
+
+def bound_of(title: str, loop: Loop, warps: int) -> str:
+    """The unit that an A100's scheduler waits for longest in a turn of the loop.
+
+    Narrow accesses are a few numbers of rows and groups, which many threads or programs share.
+    """
+    memory = 0
+    if READ_ONCE.match(title):
+        wide = Counter({op: n for op, n in loop.opcodes.items() if machine_code.bits_of(op) >= 128})
+        size = 32 * warps * machine_code.bits_moved(wide, machine_code.GLOBAL) // 8
+        memory = A100.memory_cycles(size, warps)
+    return Issue.of(loop.always).bound(memory)
 
 
 def ptx_multiply_adds(text: str) -> int:
@@ -283,6 +359,7 @@ def amd_facts(launch: Launch, target: str, title: str) -> Facts:
         amd_code.narrow_accesses(ops),
         threads * amd_code.bytes_moved(ops),
         amd_code.count(ops, "scratch_"),
+        0,
         amd_code.count(ops, "global_atomic", "buffer_atomic"),
     )
 

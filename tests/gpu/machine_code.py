@@ -248,10 +248,18 @@ class Machine:
     shared: int  # bytes of a multiprocessor; a block takes RESERVED more than it asks for
     bandwidth: float  # bytes a second
     tensor: float  # bf16 operations a second, dense
+    multiprocessors: int
+    clock: float
+
+    def memory_cycles(self, size: int, warps: int) -> int:
+        """Cycles that a multiprocessor's share of the bandwidth takes for a block's bytes, for each
+        of the warps that a scheduler has of the block: comparable with Issue's."""
+        share = self.bandwidth / self.multiprocessors / self.clock
+        return round(size / share * 4 / warps)
 
 
-A100 = Machine("A100", 164 * 1024, 1.555e12, 312e12)
-H100 = Machine("H100", 228 * 1024, 3.35e12, 989e12)
+A100 = Machine("A100", 164 * 1024, 1.555e12, 312e12, 108, 1.41e9)
+H100 = Machine("H100", 228 * 1024, 3.35e12, 989e12, 132, 1.83e9)
 RESERVED = 1024
 
 
@@ -303,6 +311,12 @@ class Issue:
             slots=sum(opcodes.values()),
         )
 
-    def bound(self) -> str:
-        values = vars(self)
+    def bound(self, memory: int = 0) -> str:
+        """The unit that is busy for longest; `memory`: cycles of global memory, where all bytes
+        come from there."""
+        values = {**vars(self), "memory": memory}
         return max(values, key=lambda unit: values[unit])
+
+    def tensor_share(self) -> float:
+        """For how much of the time of the busiest unit the tensor cores are busy."""
+        return self.tensor / max(vars(self).values())

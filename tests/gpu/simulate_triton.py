@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--largest", type=int, default=10**9)
     parser.add_argument("--count", type=int, default=10**9)
+    parser.add_argument("--whole-tiles", action="store_true")
     parser.add_argument("--faults", nargs="+", choices=FAULTS)
     options = parser.parse_args()
     for fault in options.faults or ():
@@ -80,6 +81,8 @@ def main() -> None:
     names = [name for name, op in REGISTRY.items() if op.candidate("triton") is not None]
     for name in options.ops or names:
         samples = smallest(name, options.largest, options.count)
+        if options.whole_tiles:
+            samples = simulated_calls.whole_tiles(name)
         print(json.dumps(verify(name, options.dtype, samples)), flush=True)
 
 

@@ -43,3 +43,18 @@ def samples(name: str) -> list[Sample]:
     found = [s for s in REGISTRY[name].samples(Draw(0)) if s.name in NAMED.get(name, ())]
     made = {"attention": [split_decode()], "paged_attention": [split_decode_in_pages()]}
     return [*found, *made.get(name, [])]
+
+
+def whole_tiles(name: str) -> list[Sample]:
+    """Calls of attention or attention_varlen that fill the tiles of widths to 64 and to 128: full
+    blocks, masked ones and the last rows and keys, forward and backward."""
+    draw, found = Draw(2), []
+    for width in (64, 128):
+        if name == "attention":
+            q, k, v = draw.normal(1, 2, 70, width), *(draw.normal(1, 1, 150, width) for _ in "kv")
+            more: tuple[Any, ...] = ()
+        else:
+            q, k, v = draw.normal(130, 2, width), *(draw.normal(170, 1, width) for _ in "kv")
+            more = tuple(torch.tensor(e, dtype=torch.int32) for e in ((0, 60, 130), (0, 80, 170)))
+        found.append(Sample(f"tiles_{width}", (q, k, v, *more), {"causal": True}))
+    return found

@@ -60,6 +60,14 @@ def test_triton_kernels_samples(name: str, dtype: str, record_property: Any) -> 
     hold(name, record_property, "--dtype", dtype, "--largest", "40000", "--count", "12", name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["attention", "attention_varlen"])
+def test_triton_kernels_whole_tiles(name: str, dtype: str, record_property: Any) -> None:
+    """The widths and tiles that people run; the contracts' samples are narrower."""
+    hold(name, record_property, "--dtype", dtype, "--whole-tiles", name)
+
+
 def record_fault(name: str, where: str, record_property: Any) -> None:
     record_property("fault_caught", (f"triton {FAULTS[name].kernel}", f"{name} ({where})"))
 

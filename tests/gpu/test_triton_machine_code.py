@@ -84,10 +84,13 @@ LOW_BOUND = ("attention.combine_kernel", "attention_backward.delta_kernel")
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_triton_machine_code_products(name: str, target: str) -> None:
-    """Products as counted by hand, nothing spilled in the loop, full width, no atomics."""
+    """Products as counted by hand, nothing spilled in the loop (little where it has masked blocks),
+    full width, no atomics."""
     for fact in facts(name, target):
         kernel, title = fact["kernel"].split()[0], (fact["kernel"], target)
-        assert fact["local_in_loop"] == 0 and fact["atomics"] == 0, title
+        assert fact["local_in_loop"] <= spilled_by_design(name, target, kernel), title
+        assert fact["local_in_masked"] <= (16 if target == "sm_80" else 0), title
+        assert fact["atomics"] == 0, title
         if not fact["macs_by_hand"] or kernel in LOW_BOUND:
             continue
         # A tile of 16 rows is less than what one wave of AMD's multiplies at once.
@@ -109,17 +112,54 @@ def narrow_by_design(kernel: str, name: str) -> int:
     return {"attention_backward.key_kernel": 2, "linear.product_kernel": 4}.get(kernel, 0)
 
 
+def spilled_by_design(name: str, target: str, kernel: str) -> int:
+    """A packed sequence's place takes a register or two that mma.sync's largest tile has not."""
+    packed = name == "attention_varlen" and kernel == "attention.forward_kernel"
+    return 2 if packed and target == "sm_80" else 0
+
+
+TENSOR_SHARE = {
+    "attention": {
+        "attention.forward_kernel D=64 M=128": 1.0,
+        "attention.forward_kernel D=128 M=128": 1.0,
+        "attention_backward.key_kernel D=64 M=32": 1.0,
+        "attention_backward.key_kernel D=128 M=64": 0.92,
+        "attention_backward.query_kernel D=64 M=128": 0.84,
+        "attention_backward.query_kernel D=128 M=128": 0.84,
+    },
+    "attention_varlen": {
+        "attention.forward_kernel D=64 M=128": 1.0,
+        "attention.forward_kernel D=128 M=128": 1.0,
+        "attention_backward.key_kernel D=64 M=32": 0.71,
+        "attention_backward.key_kernel D=128 M=32": 0.62,
+        "attention_backward.query_kernel D=64 M=128": 0.84,
+        "attention_backward.query_kernel D=128 M=128": 0.84,
+    },
+    "linear_cross_entropy": {
+        "linear_cross_entropy.forward_kernel M=128": 1.0,
+        "linear_cross_entropy.gradient_kernel M=128": 1.0,
+    },
+}
+"""In a scheduler's issue model of sm_80: for how much of the busiest unit's time tensor cores are
+busy. What is below 1 waits for shared memory; inspect_triton.py has the reasons."""
+
+
 @needs_tools
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["attention", "linear_cross_entropy"])
-def test_triton_machine_code_tensor_cores_are_the_bound(name: str) -> None:
-    """In a scheduler's issue model of sm_80, where mma.sync has 32 rows a warp."""
-    found = {fact["kernel"]: fact["bound"] for fact in facts(name, "sm_80")}
-    expected = {
-        "attention": ("forward_kernel D=64 M=128", "forward_kernel D=128 M=128"),
-        "linear_cross_entropy": ("forward_kernel M=128", "gradient_kernel M=128"),
-    }
-    assert all(found[f"{name}.{kernel}"] == "tensor" for kernel in expected[name]), found
+@pytest.mark.parametrize("name", TENSOR_SHARE)
+def test_triton_machine_code_tensor_cores_are_busy(name: str) -> None:
+    found = {fact["kernel"]: fact["tensor_share"] for fact in facts(name, "sm_80")}
+    for kernel, least in TENSOR_SHARE[name].items():
+        assert found[kernel] >= least, (kernel, found[kernel])
+
+
+@needs_tools
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["attention", "paged_attention", "linear"])
+def test_triton_machine_code_decoding_waits_for_memory(name: str) -> None:
+    """What reads each byte once has nothing else that takes longer than that."""
+    decoding = [f for f in facts(name, "sm_80") if "split" in f["kernel"] or "int8" in f["kernel"]]
+    assert decoding and all(fact["bound"] == "memory" for fact in decoding), decoding
 
 
 @needs_tools
