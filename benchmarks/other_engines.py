@@ -256,6 +256,6 @@ class OnnxRuntimeGenAI(Stepping):
 
 
 ABSENT = {
-    "OpenVINO": "no export of a decoder with its cache is to be had offline without optimum",
+    "OpenVINO": "no engine: its converter does not take transformers' own cache as it is",
 }
 """Who could take part, and why they don't."""

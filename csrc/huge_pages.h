@@ -1,6 +1,6 @@
-// Memory that is read whole, again and again: the weights of a model. From pages of 4 KiB one-row products come at 75
-// to 90 % of the rate that huge ones give (Zen 4, November 2026), for a core asks for nothing ahead beyond the end of a
-// page, and each one's address has to be looked up.
+// Memory that is read whole, again and again: the weights of a model. From pages of 4 KiB
+// one-row products come slower by a tenth to a quarter, for a core asks for nothing ahead beyond the end of a page, and
+// each one's address has to be looked up.
 #pragma once
 
 #include <cstdint>

@@ -118,7 +118,7 @@ def load_statistics(lse, delta, at, row, SHARE: tl.constexpr):
     low = tl.where(value == float("inf"), 0.0, low)
     whole = tl.where(tl.abs(high) < 64.0, tl.floor(high), 0.0)
     place = at.batch * delta.batch + head * delta.head + query * delta.row
-    power = tl.math.exp2(-whole - low)
+    power = tl.math.exp2(-whole) * tl.math.exp2(-low)  # their sum would lose low
     return high - whole, power, tl.load(delta.data + place, inside, other=0.0)
 
 

@@ -1,7 +1,7 @@
 """What several test files need: small models with random weights, a small tokenizer, SmolLM2.
 
 The hooks of every run (native kernels must have loaded, the table of candidates at the end) stand
-in run_report.py.
+in run_report.py, the sanitizers' build, which goes on beside the tests, in sanitizer_build.py.
 """
 
 import os
@@ -19,6 +19,7 @@ from run_report import (  # noqa: F401  (pytest finds hooks and fixtures by name
     pytest_sessionstart,
     pytest_terminal_summary,
 )
+from sanitizer_build import pytest_collection_finish, sanitized_program  # noqa: F401
 
 from llmcore.dispatch import REGISTRY
 from llmcore.models import Decoder, Encoder, TransformerConfig, load, minilm, smollm2

@@ -3,73 +3,16 @@ run clean with each."""
 
 from __future__ import annotations
 
-import concurrent.futures
-import importlib.util
 import os
-import shutil
 import signal
 import subprocess
 import sysconfig
-from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-
-from llmcore import device
-
-ROOT = Path(__file__).resolve().parents[1]
-COMPILER = shutil.which("g++")
+from sanitizer_build import COMPILER, ROOT, best_level, build, build_flags, levels
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not on this machine")
-
-
-def build_flags() -> ModuleType:
-    """setup.py as a module: the kernels' sources, levels and flags."""
-    spec = importlib.util.spec_from_file_location("llmcore_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def build(folder: Path, sanitizer: str, levels: Sequence[str]) -> Path:
-    """The program exercise, with these levels, under one -fsanitize."""
-    setup = build_flags()
-    common = ["-std=c++17", "-g", "-O1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
-    common += ["-Wno-psabi", f"-DLLMCORE_LEVELS(X)={' '.join(f'X({level})' for level in levels)}"]
-    jobs = [
-        (ROOT / "csrc" / "levels.cpp", "levels", []),
-        (ROOT / "tests/native/exercise.cpp", "exercise", []),
-    ]
-    for level in levels:
-        for source in setup.kernel_sources():
-            flags = setup.LEVELS[level]
-            options = [*setup.KERNEL, *flags, f"-DLLMCORE_LEVEL={level}"]
-            jobs.append((source, f"{level}_{source.stem}", options))
-
-    def compile_one(job: tuple[Path, str, list[str]]) -> str:
-        source, name, flags = job
-        target = str(folder / f"{name}.o")
-        command = [str(COMPILER), *common, *flags, "-c", str(source), "-o", target]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return target
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, jobs))
-    program = folder / "exercise"
-    subprocess.run([str(COMPILER), *common, *objects, "-pthread", "-o", str(program)], check=True)
-    return program
-
-
-def levels() -> list[str]:
-    """Every level that this build has, best first."""
-    return [*reversed(build_flags().LEVELS)]
-
-
-def best_level() -> str:
-    return device.best_cpu_level() or "portable"
 
 
 def run_clean(program: Path, must_run: str = "portable", **variables: str) -> None:
@@ -82,9 +25,9 @@ def run_clean(program: Path, must_run: str = "portable", **variables: str) -> No
     print(done.stdout)
 
 
-def test_kernels_address_undefined(tmp_path: Path) -> None:
+def test_kernels_address_undefined(sanitized_program: Path) -> None:
     """Of the level that runs here; the others take their minutes in the full sweep."""
-    run_clean(build(tmp_path, "address,undefined", [best_level()]), best_level())
+    run_clean(sanitized_program, best_level())
 
 
 @pytest.mark.slow

@@ -1,0 +1,90 @@
+"""tests/native/exercise.cpp under a sanitizer, which takes the compiler minutes: the program of the
+default run is built beside the other tests, at a low priority."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib.util
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from llmcore import device
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPILER = shutil.which("g++")
+FIXTURE = "sanitized_program"
+AHEAD = pytest.StashKey[concurrent.futures.Future[Path]]()
+
+
+def build_flags() -> ModuleType:
+    """setup.py as a module: the kernels' sources, levels and flags."""
+    spec = importlib.util.spec_from_file_location("llmcore_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(folder: Path, sanitizer: str, levels: Sequence[str], before: Sequence[str] = ()) -> Path:
+    """The program exercise, with these levels, under one -fsanitize; before: the compiler's."""
+    setup = build_flags()
+    common = ["-std=c++17", "-g", "-O1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    common += ["-Wno-psabi", f"-DLLMCORE_LEVELS(X)={' '.join(f'X({level})' for level in levels)}"]
+    jobs = [
+        (ROOT / "csrc" / "levels.cpp", "levels", []),
+        (ROOT / "tests/native/exercise.cpp", "exercise", []),
+    ]
+    for level in levels:
+        for source in setup.kernel_sources():
+            flags = setup.LEVELS[level]
+            options = [*setup.KERNEL, *flags, f"-DLLMCORE_LEVEL={level}"]
+            jobs.append((source, f"{level}_{source.stem}", options))
+
+    def compile_one(job: tuple[Path, str, list[str]]) -> str:
+        source, name, flags = job
+        target = str(folder / f"{name}.o")
+        command = [*before, str(COMPILER), *common, *flags, "-c", str(source), "-o", target]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return target
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, jobs))
+    program = folder / "exercise"
+    subprocess.run([str(COMPILER), *common, *objects, "-pthread", "-o", str(program)], check=True)
+    return program
+
+
+def levels() -> list[str]:
+    """Every level that this build has, best first."""
+    return [*reversed(build_flags().LEVELS)]
+
+
+def best_level() -> str:
+    return device.best_cpu_level() or "portable"
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begins to build as soon as it is known that the program will be wanted."""
+    wanted = any(FIXTURE in getattr(item, "fixturenames", ()) for item in session.items)
+    if not wanted or COMPILER is None or session.config.option.collectonly:
+        return
+    ahead = concurrent.futures.ThreadPoolExecutor(1)
+    folder = tempfile.TemporaryDirectory()
+    session.config.add_cleanup(folder.cleanup)
+    session.config.add_cleanup(lambda: ahead.shutdown(cancel_futures=True))
+    session.config.stash[AHEAD] = ahead.submit(
+        build, Path(folder.name), "address,undefined", [best_level()], ["nice", "-n", "10"]
+    )
+
+
+@pytest.fixture(scope="session")
+def sanitized_program(pytestconfig: pytest.Config) -> Path:
+    """exercise under the address and the undefined sanitizer, of the level that runs here."""
+    return pytestconfig.stash[AHEAD].result()
