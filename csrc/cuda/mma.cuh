@@ -39,12 +39,15 @@ struct Tile {
   }
 
   // Rows [0, ROWS) of a tile from rows `stride` elements apart, by `threads` threads; rows from `valid` on are zeros.
+  // One address that grows: those of all of a thread's rows would be kept in registers.
   template <int ROWS, typename T>
   __device__ static void copy(uint32_t tile, const T* from, int64_t stride, int valid, int thread, int threads) {
+    const int first = thread / PIECES, piece = thread % PIECES, step = threads / PIECES;
+    from += first * stride + piece * 8;
 #pragma unroll
-    for (int i = thread; i < ROWS * PIECES; i += threads) {
-      const int row = i / PIECES, piece = i % PIECES;
-      copy_async(tile + at(row, piece), from + row * stride + piece * 8, row < valid);
+    for (int row = first; row < first + ROWS; row += step) {
+      copy_async(tile + at(row, piece), from, row < valid);
+      from += step * stride;
     }
   }
 };
@@ -191,9 +194,18 @@ __device__ inline void load_pieces(uint32_t (&v)[4], uint32_t address) {
                : "r"(address)
                : "memory");
 }
-__device__ inline void store_pieces(uint32_t address, const uint32_t (&v)[4]) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-               : "memory");
+
+// Operand A in shared memory as its four 8 x 8 matrices, one behind the other: load_matrices at 16 bytes a lane gives
+// it back. `address` is at 4 bytes a lane.
+__device__ inline void store_matrices(uint32_t address, const uint32_t (&a)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) asm volatile("st.shared.b32 [%0], %1;" ::"r"(address + i * 128), "r"(a[i]) : "memory");
+}
+// The same operand transposed.
+__device__ inline void load_left_turned(uint32_t (&a)[4], uint32_t address) {
+  uint32_t r[4];
+  load_matrices_transposed(r, address);
+  a[0] = r[0], a[1] = r[2], a[2] = r[1], a[3] = r[3];
 }
 
 // Rows [0, ROWS) of a tile, their pieces [first, first + PIECES), to rows `stride` elements apart, those below `valid`,

@@ -106,7 +106,7 @@ class Facts:
     @property
     def name(self) -> str:
         width = " D=64" if "Li64E" in self.kernel else " D=128" if "Li128E" in self.kernel else ""
-        if "backward_keys" in self.kernel and "Li128ELi1E" in self.kernel:
+        if "attention_backward_kernel" in self.kernel and "Li128ELb1E" in self.kernel:
             width += " small"  # for GPUs with less shared memory
         return simulated.plain_name(self.kernel).removesuffix("_kernel") + width
 
@@ -173,10 +173,10 @@ REASONS = {
         "bound",
         "attention_forward_sm90 D=64",
     ): "one exponential for 4 D operations, as H100 has them",
-    ("bound", "attention_backward_keys D=128 small"): "for GPUs of little shared memory: 16 keys "
+    ("bound", "attention_backward D=128 small"): "for GPUs of little shared memory: 16 keys "
     "a warp, so that an ldmatrix feeds 2 products",
-    ("narrow", "attention_backward_keys_kernel"): "lse and delta, a float of each row",
-    ("narrow", "attention_delta_kernel"): ROW_VALUES,
+    ("narrow", "attention_backward_kernel"): "one thread's look at whose turn it is, and its answer",
+    ("narrow", "attention_backward_rows_kernel"): ROW_VALUES,
     ("narrow", "attention_combine_kernel"): "float32 parts of few rows",
     ("narrow", "sum_partials_kernel"): "one sum for each column, over rows of float32",
     ("narrow", "cross_entropy_sum_kernel"): ROW_VALUES,
@@ -200,10 +200,6 @@ def facts(name: str, targets: list[int]) -> Iterator[Facts]:
                     yield Facts(kernel, target, used[kernel], loop, counted[kernel])
 
 
-PRODUCTS = """static: attention's backward pass has 7 products, 7/2 of the forward pass's tensor
-instructions, where 5 would do: both of its kernels compute scores and weights, so that no block
-waits for another and dq is the same bits each time (csrc/cuda/attention_backward.cu says more)"""
-
 # Real shapes: what is moved and computed at least, in bytes and operations.
 ROWS, WIDTH, CLASSES, LENGTH, HEADS, D = 8192, 4096, 128256, 4096, 32, 128
 BOUNDS = {
@@ -218,9 +214,14 @@ BOUNDS = {
         8 * HEADS * LENGTH * D,
         2 * HEADS * LENGTH * LENGTH * D,
     ),
-    f"attention backward, causal, 7 products, 1x{HEADS}x{LENGTH}x{D}": (
+    f"attention backward, causal, 1x{HEADS}x{LENGTH}x{D}": (
         16 * HEADS * LENGTH * D,
-        7 * HEADS * LENGTH * LENGTH * D,
+        5 * HEADS * LENGTH * LENGTH * D,
+    ),
+    f"the same, were all parts of dq moved by main memory, 1x{HEADS}x{LENGTH}x{D}": (
+        # Each of 128 keys to a block reads and writes float32 of the queries that see them.
+        16 * HEADS * LENGTH * D + HEADS * (LENGTH // 128) * (LENGTH // 2) * D * 8,
+        5 * HEADS * LENGTH * LENGTH * D,
     ),
     f"attention decode 16x8x{LENGTH}x{D}": (16 * 8 * LENGTH * D * 4, 0),
     f"linear int8, 1 row, {WIDTH}x{WIDTH}": (WIDTH * WIDTH, 2 * WIDTH * WIDTH),
@@ -286,8 +287,6 @@ def main() -> None:
     print("static: read from machine code and counted in a simulator; no GPU, no time")
     for kind in options.kernels:
         PRINTERS[kind](options.ops, options.targets)
-    if "cuda" in options.kernels and "attention" in options.ops:
-        print(PRODUCTS)
     print("static: the least time that data sheets allow at real shapes, in bfloat16")
     for line in rooflines():
         print(line)

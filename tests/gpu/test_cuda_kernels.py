@@ -115,7 +115,24 @@ def test_cuda_kernels_attention_little_shared_memory(record_property) -> None:
     samples = [sample for sample in attention_samples() if sample.name == "causal_128"]
     launchers = simulated_ops.library_of("attention", capability=89)
     hold("attention", "bfloat16", samples, record_property, launchers)
-    assert any("keys_kernelI13__nv_bfloat16Li128ELi1E" in kernel for kernel in launchers.geometry)
+    assert any("backward_kernelI13__nv_bfloat16Li128ELb1E" in kernel for kernel in launchers.geometry)
+
+
+@SLOW
+@pytest.mark.parametrize("width", [64, 128])
+def test_cuda_kernels_attention_gradients_same_bits(width: int) -> None:
+    """Blocks of keys add to dq in turn: one after the other, or all at the same time."""
+    draw = Draw(3)
+    shapes = ((1, 4, 150, width), (1, 2, 600, width), (1, 2, 600, width))
+    args = [draw.normal(*shape).bfloat16().requires_grad_() for shape in shapes]
+    found = []
+    for lanes in (256, 1 << 15):
+        launchers = simulated_ops.library_of("attention")
+        launchers.options = {"lanes_per_chunk": lanes}
+        with simulated_ops.installed(launchers, "attention"), dispatch.use("cuda"):
+            out = REGISTRY["attention"].function(*args, causal=True)
+        found.append(torch.autograd.grad(out, args, torch.ones_like(out)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @SLOW
@@ -182,6 +199,10 @@ class Fault:
     caught: tuple[type[ptxsim.KernelFault], ...] | None
     shapes: tuple[tuple[int, ...], ...]
     kv_length: int | None = None
+
+    @property
+    def backward(self) -> bool:
+        return self.file == "attention_backward.cu"
 
     @property
     def capability(self) -> int:
@@ -280,6 +301,29 @@ FAULTS = {
     ),
 }
 
+THREE_BLOCKS = ((1, 1, 140, 64), (1, 1, 300, 64), (1, 1, 300, 64))
+TURN = "< unsigned(block - parts.first(BLOCK_K))) {\n      }"
+LOOK = f"      while (load_acquire(arrivals_of(head, query)) {TURN}\n"
+BEFORE = "query == first_query ? head - 1 : head, query == first_query ? last_query : query - BLOCK_Q"
+BACKWARD_FAULTS = {
+    "turn_not_waited_for": (LOOK, "", HAZARDS),
+    "turn_looked_at_once": (LOOK, LOOK.replace("while", "if"), HAZARDS),
+    "turn_of_another": (TURN, TURN.replace("block - parts.first(BLOCK_K)", "1"), HAZARDS),
+    "turn_that_never_comes": (TURN, TURN.replace("<", "<=", 1), (ptxsim.BarrierError,)),
+    "part_not_released": ("st.release.gpu", "st.relaxed.gpu", HAZARDS),
+    "part_released_to_this_block": ("st.release.gpu", "st.release.cta", HAZARDS),
+    "part_not_acquired": ("ld.acquire.gpu", "ld.relaxed.gpu", HAZARDS),
+    "part_released_early": (f"hand_on({BEFORE})", "hand_on(head, query)", HAZARDS),
+    "gradients_not_waited_for": ("__syncthreads();  // all gradients", "// all gradients", HAZARDS),
+    "first_part_added_to": ("adds = parts.low < first_key", "adds = true", None),
+    "last_part_dropped": ("parts.end > first_key + BLOCK_K;", "true;", None),
+}
+"""Of attention_backward.cu."""
+FAULTS |= {
+    name: Fault("attention", "attention_backward.cu", old, new, caught, THREE_BLOCKS)
+    for name, (old, new, caught) in BACKWARD_FAULTS.items()
+}
+
 QUICK_FAULTS = ("missing_barrier", "row_bound_off_by_one")
 
 
@@ -297,18 +341,28 @@ def test_cuda_kernels_planted_fault(name: str, record_property) -> None:
         given["kv_lengths"] = torch.tensor([fault.kv_length])
     sample = Sample(name, tuple(draw.normal(*shape) for shape in fault.shapes), given)
     dtype = torch.bfloat16
-    sources = [s for s in simulated_ops.sources_of(fault.op) if "backward" not in s]
+    sources = simulated_ops.sources_of(fault.op)
+    sources = tuple(s for s in sources if fault.backward or "backward" not in s)
     edit = nvcc.Edit(fault.file, fault.old, fault.new)
     broken = Library(sources, [edit], fault.capability)
     args, keywords = sample.cast(dtype, "cpu")
+
+    def run(function: Any, of: list[torch.Tensor]) -> torch.Tensor:
+        """The first argument's gradient, where the fault is in the backward pass."""
+        if not fault.backward:
+            return function(*of, **keywords)
+        of = [a.detach().requires_grad_() for a in of]
+        result = function(*of, **keywords)
+        return torch.autograd.grad((result * result.detach()).sum(), of)[0]
+
     with simulated_ops.installed(broken, fault.op), dispatch.use("cuda"):
         if fault.caught is None:
-            gold = op.define(*(a.double() for a in args), **keywords)
-            verdict = judge(op.function(*args, **keywords), gold, op.define(*args, **keywords), 2.0)
+            gold = run(op.define, [a.double() for a in args])
+            verdict = judge(run(op.function, args), gold, run(op.define, args), 2.0)
             assert not verdict.passed
             how = "wrong numbers"
         else:
             with pytest.raises(fault.caught) as caught:
-                op.function(*args, **keywords)
+                run(op.function, args)
             how = type(caught.value).__name__
     record_property("fault_caught", (broken.last, f"{name} ({how})"))

@@ -268,6 +268,78 @@ def test_memory_barrier_hands_over(count, arrive, fault):
         module.launch("k", 1, 64, [out], shared_bytes=256)
 
 
+PASS_ON = """
+ld.param.u64 %rd1, [out]; mov.u32 %r1, %ctaid.x; mov.u32 %r2, %tid.x;
+mul.wide.u32 %rd2, %r2, 4; add.s64 %rd2, %rd1, %rd2; setp.eq.u32 %p1, %r1, GIVER;
+setp.ne.u32 %p2, %r2, 0; @%p1 bra GIVE; @%p2 bra READY;
+WAIT: ld.ACQUIRE.gpu.global.u32 %r3, [%rd1+256]; setp.eq.u32 %p3, %r3, 0; @%p3 bra WAIT; AFTER
+READY: bar.sync 0; ld.global.u32 %r4, [%rd2]; st.global.u32 [%rd2+512], %r4; bra END;
+GIVE: st.global.u32 [%rd2], %r2; bar.sync 0; @%p2 bra END; BEFORE
+mov.b32 %r5, 1; st.RELEASE.gpu.global.u32 [%rd1+256], %r5;
+END:
+"""
+FENCE = "fence.acq_rel.gpu;"
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({}, None),
+        ({"ACQUIRE": "relaxed", "AFTER": FENCE}, None),
+        ({"RELEASE": "relaxed", "BEFORE": "membar.gl;"}, None),
+        ({"RELEASE": "relaxed"}, ptxsim.RaceHazard),
+        ({"RELEASE": "relaxed", "BEFORE": "membar.cta;"}, ptxsim.RaceHazard),
+        ({"ACQUIRE": "relaxed"}, ptxsim.RaceHazard),
+        ({"bar.sync 0; @%p2": "@%p2"}, ptxsim.RaceHazard),
+        ({"bar.sync 0; ld": "ld"}, ptxsim.RaceHazard),
+        ({"WAIT: ": "bra READY; WAIT: "}, ptxsim.RaceHazard),
+    ],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("lanes", [64, 128], ids=["in_turn", "together"])
+def test_blocks_pass_on_what_they_wrote(changes, fault, lanes):
+    """One block stores and says so, another waits for that and loads: blocks simulated one after
+    the other, and at once."""
+    with pytest.raises(fault) if fault else contextlib.nullcontext():
+        assert (pass_on(changes, lanes)[128:192] == np.arange(64)).all()
+
+
+def pass_on(changes: dict[str, str], lanes: int) -> np.ndarray:
+    text = PASS_ON
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    defaults = {"ACQUIRE": "acquire", "RELEASE": "release", "GIVER": "0", "AFTER": "", "BEFORE": ""}
+    for old, new in defaults.items():
+        text = text.replace(old, new)
+    out = np.zeros(256, np.int32)
+    ptxsim.load(ptx(text), lanes_per_chunk=lanes).launch("k", 2, 64, [out])
+    return out
+
+
+def test_blocks_must_not_wait_for_later_ones() -> None:
+    """Which hangs where those can't start; and to look once is not to wait."""
+    pass_on({"GIVER": "1"}, 128)
+    with pytest.raises(ptxsim.BarrierError, match="a value in global memory"):
+        pass_on({"GIVER": "1"}, 64)
+    with pytest.raises(ptxsim.RaceHazard, match=r"which block \(0, 0, 0\) read"):
+        pass_on({"GIVER": "1", "@%p3 bra WAIT;": ""}, 128)
+
+
+def test_blocks_must_not_write_the_same() -> None:
+    """But for equal values, and for atomics."""
+    body = "ld.param.u64 %rd1, [out]; mov.u32 %r1, %ctaid.x; STORE"
+    for store, fault in (
+        ("st.global.u32 [%rd1], %r1;", ptxsim.RaceHazard),
+        ("mov.b32 %r1, 7; st.global.u32 [%rd1], %r1;", None),
+        ("red.global.add.u32 [%rd1], %r1;", None),
+        ("red.global.add.u32 [%rd1], 1; st.global.u32 [%rd1], %r1;", ptxsim.RaceHazard),
+    ):
+        module = ptxsim.load(ptx(body.replace("STORE", store)))
+        with pytest.raises(fault) if fault else contextlib.nullcontext():
+            module.launch("k", 2, 1, [np.zeros(1, np.int32)])
+
+
 def test_triton_products() -> None:
     """wgmma, its operands laid out by Triton: along and across, in rows of 32, 64, 128 bytes."""
     pytest.importorskip("triton")

@@ -150,13 +150,27 @@ def _isspacep(instr: Instr, program: Program, _: int) -> Step:
 
 @opcode("fence")
 def _fence(instr: Instr, program: Program, _: int) -> Step:
+    if not instr.mods.isdisjoint({"acq_rel", "sc"}):
+        return _membar(instr, program, _)
     if instr.mods.isdisjoint({"async", "mbarrier_init"}) or "global" in instr.mods:
         return _nothing(instr, program, _)
     return lambda m: m.clocks.fence(m.lane_block[m.active], m.lane_warp[m.active])
 
 
+@opcode("membar")
+def _membar(instr: Instr, program: Program, _: int) -> Step:
+    """Of a block's own scope it adds nothing: the race checks ask for barriers there."""
+    if instr.mods.isdisjoint({"gl", "gpu", "sys"}):
+        return _nothing(instr, program, _)
+
+    def fence(m: Machine) -> None:
+        if m.memory.order:
+            m.memory.order.fence(m)
+
+    return fence
+
+
 @opcode(
-    "membar",
     "prefetch",
     "prefetchu",
     "applypriority",

@@ -21,6 +21,7 @@ from . import (  # noqa: F401 (opcodes)
     warpgroup_instructions,
 )
 from .alu import ALU
+from .block_order import BlockOrder
 from .errors import LaunchError
 from .machine import Machine, Options
 from .memory import GlobalMemory
@@ -173,7 +174,11 @@ class Module:
                 f"{kernel}: block {block3} is not allowed"
                 + (f"; it needs {required}" if required else "")
             )
-        memory = GlobalMemory()
+        total = int(np.prod(grid3))
+        order = BlockOrder(
+            total, -(-threads // 32), program.global_granule, any(b.polls for b in program.blocks)
+        )
+        memory = GlobalMemory(order if chosen.races else None)
         for variable, data in zip(self._globals, self._data, strict=True):
             memory.add(data, variable.name, variable.space == "const")
         for address, data, name in allocations:
@@ -181,7 +186,6 @@ class Module:
         params = self._pack(program.function, program, args, _Buffers(memory))
         shared = program.static_shared + shared_bytes
         stats = Stats()
-        total = int(np.prod(grid3))
         padded = -(-threads // 32) * 32
         chunk = max(1, chosen.lanes_per_chunk // padded)
         start = time.perf_counter()

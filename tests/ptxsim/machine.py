@@ -113,7 +113,7 @@ class Machine:
         self.copies: list[PendingCopy] = []
         self.copy_group = np.zeros(self.lanes, np.int64)
         self.memory_barriers: Barriers = {}
-        self.sleeping: dict[int, Array] = {}  # who waits for an mbarrier, by where to go on
+        self.sleeping: dict[int, Array] = {}  # who waits for what others do, by where to go on
         self.transfers: list[Transfer] = []
         self.products: list[Product] = []
         self.product_group = np.zeros(self.lanes, np.int64)
@@ -265,12 +265,15 @@ class Machine:
                     self.fail(UninitialisedRead, instr, text, int(bad.argmax()))
 
     # --- reporting ------------------------------------------------------------------------------
-    def thread_name(self, lane: int) -> str:
+    def block_name(self, block: int) -> str:
         bx, by, _ = self.grid
+        return f"block ({block % bx}, {block // bx % by}, {block // (bx * by)})"
+
+    def thread_name(self, lane: int) -> str:
         tx, ty, _ = self.block
-        block, thread = int(self.ctaid[lane]), int(self.lane_thread[lane])
+        thread = int(self.lane_thread[lane])
         return (
-            f"block ({block % bx}, {block // bx % by}, {block // (bx * by)}) "
+            f"{self.block_name(int(self.ctaid[lane]))} "
             f"thread ({thread % tx}, {thread // tx % ty}, {thread // (tx * ty)})"
         )
 
@@ -284,7 +287,8 @@ class Machine:
         self.pending[block] = mask if waiting is None else waiting | mask
 
     def sleep(self, block: int, mask: Array) -> None:
-        """Lanes wait for an mbarrier; they try again, at ``block``, when some phase is over."""
+        """Lanes wait for an mbarrier, or for a value in global memory; they try again, at
+        ``block``, when some phase is over or something is stored."""
         self.sleeping[block] = self.sleeping.get(block, False) | mask
 
     def wake(self) -> None:
@@ -370,6 +374,8 @@ class Machine:
             block = blocks[at]
             for step in block.steps(self.program):
                 step(self)
+            if block.polls and at in self.pending:
+                self.sleep(at, self.pending.pop(at))
             count = len(block.instrs)
             steps += count
             self.stats.instructions += count * (
@@ -385,7 +391,8 @@ class Machine:
         self.stats.issued += steps
         if self.sleeping:
             block, mask = next(iter(self.sleeping.items()))
-            text = f"{int(mask.sum())} threads wait forever for an mbarrier, this one among them"
+            what = "a value in global memory" if blocks[block].polls else "an mbarrier"
+            text = f"{int(mask.sum())} threads wait forever for {what}, this one among them"
             self.fail(BarrierError, blocks[block].instrs[0], text, int(mask.argmax()))
         stuck = [n for n, b in self.barriers.items() if b.waiting.any()]
         if stuck:

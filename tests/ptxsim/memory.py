@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+from .block_order import BlockOrder, Shadow, is_strong
 from .errors import (
     AsyncCopyHazard,
     KernelFault,
@@ -61,6 +62,7 @@ class Allocation:
     data: Array
     name: str
     readonly: bool
+    shadow: Shadow | None = None  # who was here, where races are looked for
 
     @property
     def end(self) -> int:
@@ -72,9 +74,10 @@ class Allocation:
 
 
 class GlobalMemory:
-    """All global and constant allocations of a launch."""
+    """All global and constant allocations of a launch; ``order`` checks for races, if given."""
 
-    def __init__(self) -> None:
+    def __init__(self, order: BlockOrder | None = None) -> None:
+        self.order = order
         self.allocations: list[Allocation] = []
         self.bases: list[int] = []
         self.next_base = GLOBAL_BASE
@@ -134,10 +137,14 @@ class GlobalMemory:
         nbytes = dtype.itemsize * vector
         result = np.empty((vector, addr.size), dtype)
         for found, offset, where in self._split(access, addr, nbytes):
+            if self.order:
+                self.order.check_read(access, found, access.lanes[where], offset, nbytes)
             index = offset // dtype.itemsize
             view = found.typed(dtype)
             for i in range(vector):
                 result[i, where] = view[index + i]
+        if self.order and is_strong(access.instr):
+            self.order.loaded(access, addr)
         return result
 
     def store(self, access: Access, addr: Array, values: Array) -> None:
@@ -149,8 +156,15 @@ class GlobalMemory:
             self._writable(access, found)
             index = offset // dtype.itemsize
             view = found.typed(dtype)
+            if self.order:
+                same = [view[index + i] == values[i, where] for i in range(vector)]
+                lanes, kept = access.lanes[where], np.logical_and.reduce(same)
+                self.order.check_write(access, found, lanes, offset, nbytes, kept)
             for i in range(vector):
                 view[index + i] = values[i, where]
+        if self.order:
+            self.order.stored(access, addr)
+        access.machine.wake()
 
     def atomic(
         self, access: Access, addr: Array, operands: list[Array], update: Callable[..., Array]
@@ -161,9 +175,16 @@ class GlobalMemory:
         old = np.empty(addr.size, dtype)
         for found, offset, where in self._split(access, addr, dtype.itemsize):
             self._writable(access, found)
+            if self.order:
+                lanes, changes = access.lanes[where], np.zeros(offset.size, bool)
+                self.order.check_write(access, found, lanes, offset, dtype.itemsize, changes)
             old[where] = atomic_update(
                 found.typed(dtype), offset // dtype.itemsize, [o[where] for o in operands], update
             )
+        if self.order:
+            self.order.loaded(access, addr)
+            self.order.stored(access, addr)
+        access.machine.wake()
         return old
 
     @staticmethod
@@ -199,6 +220,7 @@ class Clocks:
     def __init__(self, blocks: int, warps: int) -> None:
         self.now = np.zeros((blocks, warps, warps), np.int32)
         self.fenced = np.full((blocks, warps, warps), -1, np.int32)
+        self.far: Array | None = None  # the same of all warps of the launch; block_order.py
         self.diagonal = np.arange(warps)
 
     def own(self, block: Array, warp: Array) -> Array:
@@ -207,8 +229,14 @@ class Clocks:
     def barrier(self, members: Array) -> None:
         """Join the clocks of each block's member warps; ``members`` is (blocks, warps) bool."""
         self.now[:, self.diagonal, self.diagonal] += members
-        joined = np.where(members[:, :, None], self.now, -1).max(axis=1)
-        self.now = np.where(members[:, :, None], joined[:, None, :], self.now)
+        self.now = self._joined(self.now, members)
+        if self.far is not None:
+            self.far = self._joined(self.far, members)
+
+    @staticmethod
+    def _joined(clocks: Array, members: Array) -> Array:
+        joined = np.where(members[:, :, None], clocks, -1).max(axis=1)
+        return np.where(members[:, :, None], joined[:, None, :], clocks)
 
     def release(self, blocks: Array, warps: Array) -> Array:
         """What each of these warps has done so far, for others to acquire; (warps, all warps)."""

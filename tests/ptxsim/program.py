@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
+from .block_order import is_strong
 from .dtypes import Array, PtxType, bit_type
 from .errors import PtxSyntaxError
 from .machine import Machine, Step
@@ -23,6 +24,10 @@ ENDS_BLOCK = {"bra", "ret", "exit", "bar", "barrier", "trap"}
 def waits(instr: Instr) -> bool:
     """Whether threads may go on at this instruction itself, later."""
     return instr.op == "mbarrier" and instr.parts[1] in ("try_wait", "test_wait")
+
+
+def vector_size(instr: Instr) -> int:
+    return next((int(p[1:]) for p in instr.parts if p in ("v2", "v4", "v8")), 1)
 
 
 def ends_block(instr: Instr) -> bool:
@@ -94,6 +99,11 @@ class BasicBlock:
         return self._steps
 
     @cached_property
+    def polls(self) -> bool:
+        """Whether threads that come here again wait for what another one stores."""
+        return any(i.op == "ld" and is_strong(i) for i in self.instrs)
+
+    @cached_property
     def opcodes(self) -> Counter[str]:
         return Counter(i.opcode for i in self.instrs)
 
@@ -117,6 +127,7 @@ class Program:
             self.addresses[param.name] = PARAM_START + self.param_bytes
             self.param_bytes += param.nbytes
         self.granule = self._granule()
+        self.global_granule = self._global_granule()
         self.blocks, self.block_of = self._split()
 
     def _lay_out(self, function: Function, module_variables: list[Variable]) -> None:
@@ -146,12 +157,19 @@ class Program:
             if i.op in ("ld", "st", "atom", "red") and i.mods.isdisjoint(
                 {"global", "param", "local", "const"}
             ):
-                vector = next((int(p[1:]) for p in i.parts if p in ("v2", "v4", "v8")), 1)
-                sizes.append(i.type.nbytes * vector)
+                sizes.append(i.type.nbytes * vector_size(i))
             elif i.op == "mbarrier":
                 sizes.append(8)
             elif i.op == "cp" and isinstance(i.operands[2:3] and i.operands[2], Imm):
                 sizes.append(i.operands[2].value)
+        return min(sizes)
+
+    def _global_granule(self) -> int:
+        """The same of global memory: its narrowest store."""
+        sizes = [16]
+        for i in self.function.code:
+            if i.op in ("st", "atom", "red") and i.mods.isdisjoint({"shared", "param", "local"}):
+                sizes.append(i.type.nbytes * vector_size(i))
         return min(sizes)
 
     def _split(self) -> tuple[list[BasicBlock], dict[str, int]]:
