@@ -175,7 +175,10 @@ REASONS = {
     ): "one exponential for 4 D operations, as H100 has them",
     ("bound", "attention_backward D=128 small"): "for GPUs of little shared memory: 16 keys "
     "a warp, so that an ldmatrix feeds 2 products",
-    ("narrow", "attention_backward_kernel"): "one thread's look at whose turn it is, and its answer",
+    (
+        "narrow",
+        "attention_backward_kernel",
+    ): "one thread's look at whose turn it is, and its answer",
     ("narrow", "attention_backward_rows_kernel"): ROW_VALUES,
     ("narrow", "attention_combine_kernel"): "float32 parts of few rows",
     ("narrow", "sum_partials_kernel"): "one sum for each column, over rows of float32",

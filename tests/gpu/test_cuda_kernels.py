@@ -115,7 +115,9 @@ def test_cuda_kernels_attention_little_shared_memory(record_property) -> None:
     samples = [sample for sample in attention_samples() if sample.name == "causal_128"]
     launchers = simulated_ops.library_of("attention", capability=89)
     hold("attention", "bfloat16", samples, record_property, launchers)
-    assert any("backward_kernelI13__nv_bfloat16Li128ELb1E" in kernel for kernel in launchers.geometry)
+    assert any(
+        "backward_kernelI13__nv_bfloat16Li128ELb1E" in kernel for kernel in launchers.geometry
+    )
 
 
 @SLOW
@@ -304,7 +306,9 @@ FAULTS = {
 THREE_BLOCKS = ((1, 1, 140, 64), (1, 1, 300, 64), (1, 1, 300, 64))
 TURN = "< unsigned(block - parts.first(BLOCK_K))) {\n      }"
 LOOK = f"      while (load_acquire(arrivals_of(head, query)) {TURN}\n"
-BEFORE = "query == first_query ? head - 1 : head, query == first_query ? last_query : query - BLOCK_Q"
+BEFORE = (
+    "query == first_query ? head - 1 : head, query == first_query ? last_query : query - BLOCK_Q"
+)
 BACKWARD_FAULTS = {
     "turn_not_waited_for": (LOOK, "", HAZARDS),
     "turn_looked_at_once": (LOOK, LOOK.replace("while", "if"), HAZARDS),

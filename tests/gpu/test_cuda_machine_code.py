@@ -33,6 +33,11 @@ SHARED_BOUND = {"attention_backward D=128 small"}
 whose blocks may have less than 164 KB of shared memory."""
 
 
+SPILLED = {"attention_backward D=64": (64, 8), "attention_backward D=128": (64, 8)}
+"""Bytes of a thread, and accesses in a turn of the loop, at most: addresses for which dk, dv and the
+scores leave no register. FlashAttention 2's own forward pass spills 220 to 290 bytes."""
+
+
 @cache
 def facts(name: str, target: int) -> tuple[inspect_kernels.Facts, ...]:
     return tuple(inspect_kernels.facts(name, [target]))
@@ -51,8 +56,10 @@ def test_cuda_machine_code_attention(target: int) -> None:
         assert count(opcodes, "HMMA") == products * m * n * width // 2048 // warps, name
         bound = Issue.of(fact.loop.always).bound()
         assert bound == ("shared" if name in SHARED_BOUND else "tensor"), name
-        assert fact.resources.local == 0, name
-        assert fact.occupancy >= 4, name
+        spilled, touched = SPILLED.get(name, (0, 0))
+        assert fact.resources.local <= spilled, name
+        assert count(fact.loop.always, "LDL", "STL") <= touched, name
+        assert fact.occupancy >= (8 if "backward" in name and name not in SHARED_BOUND else 4), name
     for name, (n, width) in PRODUCTS.items() if target == 90 else ():
         fact = found[name]
         assert count(fact.loop.opcodes, "HGMMA") == width // 16 + n // 16, name

@@ -46,7 +46,9 @@ class Trace:
 
     @classmethod
     def of(cls, count: int) -> Trace:
-        return cls(np.full(count, NOBODY, np.int32), np.zeros(count, np.int32), np.zeros(count, bool))
+        return cls(
+            np.full(count, NOBODY, np.int32), np.zeros(count, np.int32), np.zeros(count, bool)
+        )
 
 
 @dataclass

@@ -162,6 +162,14 @@ class GlobalMemory:
                 self.order.check_write(access, found, lanes, offset, nbytes, kept)
             for i in range(vector):
                 view[index + i] = values[i, where]
+            if self.order:
+                lost = np.logical_or.reduce(
+                    [view[index + i] != values[i, where] for i in range(vector)]
+                )
+                if lost.any():
+                    text = f"threads of one store write different values to {found.name}"
+                    at = int(np.arange(addr.size)[where][lost.argmax()])
+                    access.fail(RaceHazard, at, text)
         if self.order:
             self.order.stored(access, addr)
         access.machine.wake()
