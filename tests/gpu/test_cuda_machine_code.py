@@ -34,7 +34,7 @@ whose blocks may have less than 164 KB of shared memory."""
 
 
 SPILLED = {"attention_backward D=64": (64, 8), "attention_backward D=128": (64, 8)}
-"""Bytes of a thread, and accesses in a turn of the loop, at most: addresses for which dk, dv and the
+"""Bytes of a thread, and accesses in a turn of the loop, at most: addresses for which dk, dv and
 scores leave no register. FlashAttention 2's own forward pass spills 220 to 290 bytes."""
 
 
