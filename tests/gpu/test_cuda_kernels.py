@@ -306,9 +306,9 @@ FAULTS = {
 THREE_BLOCKS = ((1, 1, 140, 64), (1, 1, 300, 64), (1, 1, 300, 64))
 TURN = "< unsigned(block - parts.first(BLOCK_K))) {\n      }"
 LOOK = f"      while (load_acquire(arrivals_of(head, query)) {TURN}\n"
-BEFORE = (
-    "query == first_query ? head - 1 : head, query == first_query ? last_query : query - BLOCK_Q"
-)
+BEFORE = """thread == 0 && (head > 0 || query > first_query)) {
+      hand_on(query == first_query ? head - 1 : head, \
+query == first_query ? last_query : query - BLOCK_Q)"""
 BACKWARD_FAULTS = {
     "turn_not_waited_for": (LOOK, "", HAZARDS),
     "turn_looked_at_once": (LOOK, LOOK.replace("while", "if"), HAZARDS),
@@ -317,7 +317,7 @@ BACKWARD_FAULTS = {
     "part_not_released": ("st.release.gpu", "st.relaxed.gpu", HAZARDS),
     "part_released_to_this_block": ("st.release.gpu", "st.release.cta", HAZARDS),
     "part_not_acquired": ("ld.acquire.gpu", "ld.relaxed.gpu", HAZARDS),
-    "part_released_early": (f"hand_on({BEFORE})", "hand_on(head, query)", HAZARDS),
+    "part_released_early": (BEFORE, "thread == 0) {\n      hand_on(head, query)", HAZARDS),
     "gradients_not_waited_for": ("__syncthreads();  // all gradients", "// all gradients", HAZARDS),
     "first_part_added_to": ("adds = parts.low < first_key", "adds = true", None),
     "last_part_dropped": ("parts.end > first_key + BLOCK_K;", "true;", None),
