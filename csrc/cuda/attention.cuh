@@ -157,10 +157,10 @@ struct OnlineSoftmax {
 };
 
 // What lies outside of the rows' intervals becomes `outside`. c (16 M rows x 8 N keys): rows from `row` on and keys
-// from `first_key` on; TRANSPOSED, (16 M keys x 8 N rows).
-template <bool TRANSPOSED, int M, int N>
-__device__ void mask_outside(float (&c)[M][N][4], const Keys& keys, int64_t row, int first_key, float outside,
-                             int lane) {
+// from `first_key` on; TRANSPOSED, (16 M keys x 8 N rows). The same of `more` arrays of that shape.
+template <bool TRANSPOSED, int M, int N, typename... More>
+__device__ void mask_outside(float (&c)[M][N][4], const Keys& keys, int64_t row, int first_key, float outside, int lane,
+                             More&... more) {
   const int ahead = first_key - int(row) - keys.offset;
 #pragma unroll
   for (int m = 0; m < M; ++m) {
@@ -170,7 +170,9 @@ __device__ void mask_outside(float (&c)[M][N][4], const Keys& keys, int64_t row,
       for (int i = 0; i < 4; ++i) {
         const int down = 16 * m + 8 * (i / 2) + lane / 4, across = 8 * n + 2 * (lane % 4) + i % 2;
         const int key = TRANSPOSED ? down : across, t = TRANSPOSED ? across : down;
-        if (!keys.sees(ahead + key - t, first_key + key)) c[m][n][i] = outside;
+        if (keys.sees(ahead + key - t, first_key + key)) continue;
+        c[m][n][i] = outside;
+        ((more[m][n][i] = outside), ...);
       }
     }
   }

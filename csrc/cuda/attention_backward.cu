@@ -20,6 +20,10 @@
 // cores, fill a warp's registers: two warps share the keys, each with half of the queries' scores and half of the sums'
 // columns, and hand each other their weights and gradients by shared memory. Where a multiprocessor's shared memory is
 // too small for that, a warp has 16 keys and shared memory is what bounds it.
+//
+// The sums and scores leave few registers for anything else: addresses are made anew in each turn, lse and delta are
+// read where they are used. So nothing is spilled for sm_80 and sm_100; for sm_90 at D = 64 four accesses to local
+// memory are left in a turn of 320 products.
 #include "attention.cuh"
 
 namespace llmcore::cuda {
@@ -30,11 +34,11 @@ constexpr int LARGEST_Q = 64;  // queries of a tile at most: scratch memory hold
 // Tiles of block_q queries and block_k keys.
 struct BackwardProblem {
   AttentionBackward op;
-  int64_t padded;      // T, rounded up to whole tiles
-  float* dq;           // (B, H, padded, D): sums of tiles, in the order of a block's accumulators
-  float2* rows;        // (B, H, padded): lse in base 2, and delta
-  unsigned* arrivals;  // (B, H, padded / block_q): blocks of keys whose part is in
-  int block_q, block_k;
+  int64_t padded;               // T, rounded up to whole tiles
+  float* dq;                    // (B, H, padded, D): sums of tiles, in the order of a block's accumulators
+  float2* rows;                 // (B, H, padded): lse in base 2, and delta
+  unsigned* arrivals;           // (B, H, padded / block_q): blocks of keys whose part is in
+  int block_q, block_k, tiles;  // tiles: of a head
 };
 
 // The blocks of `size` keys that add to the dq of rows [first_row, last_row] are those of the keys [low, end), the one
@@ -106,11 +110,33 @@ __global__ void __launch_bounds__(WARPS * 32) attention_backward_rows_kernel(con
 }
 
 // Scores s and products dp = v dout^T of a tile, keys by queries, become weights and the scores' gradients, but for
-// the scale. `rows`, in shared memory: those of the tile's queries.
+// the scale. `rows`, in shared memory: those of the tile's queries, read twice rather than kept.
 template <int M, int N>
 __device__ void weights_and_gradients(float (&s)[M][N][4], float (&dp)[M][N][4], const Scores& scores, const Keys& keys,
                                       bool masked, int row, int first_key, int lane, const float2* rows) {
-  scores.cap(s);
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const float4 two = *reinterpret_cast<const float4*>(rows + 8 * n + 2 * (lane % 4));
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dp[m][n][i] -= i % 2 == 0 ? two.y : two.w;
+    }
+  }
+  if (scores.softcap > 0.0f) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float tanh = scores.tanh_of(s[m][n][i]);
+          s[m][n][i] = scores.softcap * tanh;
+          dp[m][n][i] *= 1.0f - tanh * tanh;
+        }
+      }
+    }
+  }
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     const float4 two = *reinterpret_cast<const float4*>(rows + 8 * n + 2 * (lane % 4));
@@ -118,19 +144,13 @@ __device__ void weights_and_gradients(float (&s)[M][N][4], float (&dp)[M][N][4],
     for (int m = 0; m < M; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float lse = i % 2 == 0 ? two.x : two.z, delta = i % 2 == 0 ? two.y : two.w;
-        const float score = s[m][n][i];
-        const float weight = exp2_approximately(fmaf(score, scores.factor, -lse));
-        float gradient = weight * (dp[m][n][i] - delta);
-        if (scores.softcap > 0.0f) gradient *= 1.0f - (score / scores.softcap) * (score / scores.softcap);
-        s[m][n][i] = weight;
-        dp[m][n][i] = gradient;
+        s[m][n][i] = exp2_approximately(fmaf(s[m][n][i], scores.factor, -(i % 2 == 0 ? two.x : two.z)));
+        dp[m][n][i] *= s[m][n][i];
       }
     }
   }
   if (!masked) return;
-  mask_outside<true>(s, keys, row, first_key, 0.0f, lane);
-  mask_outside<true>(dp, keys, row, first_key, 0.0f, lane);
+  mask_outside<true>(s, keys, row, first_key, 0.0f, lane, dp);
 }
 
 // --- dq: who adds when ---
@@ -205,6 +225,19 @@ __device__ void write_rows(T* to, int64_t stride, int valid, const float (&c)[M]
 // The same in all lanes of a warp: by this the compiler knows it, and keeps it in a register for all.
 __device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
+// This block's sequence, and this thread, read anew wherever they are asked for: addresses made of them are not kept
+// throughout a loop whose sums leave no registers for them.
+__device__ inline int this_sequence() {
+  int b;
+  asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(b));
+  return b;
+}
+__device__ inline int this_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // SMALL, for D = 128: 16 keys a warp. SIDES warps share keys.
 template <int D, bool SMALL>
 struct BackwardShape {
@@ -248,8 +281,13 @@ __global__ void __launch_bounds__(BackwardShape<D, SMALL>::THREADS)
   const int last_query = first_query + (tiles - 1) * BLOCK_Q;
   // Of a turn: its head, of those that share these keys, its first query, and where that comes to.
   int head = tiles > 0 ? 0 : share, query = first_query, stage_at = 0;
+  const auto head_at = [&](int of_head) { return int(blockIdx.x) * share + of_head; };
+  const auto tile_at = [&](int of_head, int t) {
+    return (this_sequence() * int(p.H) + head_at(of_head)) * whole.tiles + t / BLOCK_Q;
+  };
   const auto fetch = [&](int of_head, int t, int stage_at) {
-    const int64_t h = g * share + of_head;
+    const int64_t b = this_sequence(), h = head_at(of_head);
+    const int thread = this_thread();
     const int valid = int(p.T - t < BLOCK_Q ? p.T - t : BLOCK_Q);
     const uint32_t stage = stages + stage_at;
     const T* q = static_cast<const T*>(p.q) + b * p.q_strides[0] + h * p.q_strides[1] + t * p.q_strides[2];
@@ -258,7 +296,7 @@ __global__ void __launch_bounds__(BackwardShape<D, SMALL>::THREADS)
     Tile<D>::template copy<BLOCK_Q>(stage, q, p.q_strides[2], valid, thread, Shape::THREADS);
     Tile<D>::template copy<BLOCK_Q>(stage + Shape::TILE_BYTES, dout, op.dout_strides[2], valid, thread, Shape::THREADS);
     if (thread < Shape::ROWS_BYTES / 16) {
-      const float2* rows = whole.rows + (b * p.H + h) * whole.padded + t;
+      const float2* rows = whole.rows + int64_t(tile_at(of_head, t)) * BLOCK_Q;
       copy_async(stage + 2 * Shape::TILE_BYTES + thread * 16, rows + 2 * thread, true);
     }
   };
@@ -274,13 +312,10 @@ __global__ void __launch_bounds__(BackwardShape<D, SMALL>::THREADS)
   const uint32_t k_base = left_base<D>(k_tile + rows_down<D>(own), lane);
   const uint32_t own_scores = gradients_at + (warp * M * Shape::ACROSS) * FRAGMENT;
   const auto parts_of = [&](int t) { return Parts(keys, t, int(t + BLOCK_Q < p.T ? t + BLOCK_Q : p.T) - 1); };
-  const auto arrivals_of = [&](int of_head, int t) {
-    return whole.arrivals + (b * p.H + g * share + of_head) * (whole.padded / BLOCK_Q) + t / BLOCK_Q;
-  };
   const auto hand_on = [&](int of_head, int t) {
     const Parts parts = parts_of(t);
     if (parts.end > first_key + BLOCK_K) {
-      store_release(arrivals_of(of_head, t), unsigned(block - parts.first(BLOCK_K) + 1));
+      store_release(whole.arrivals + tile_at(of_head, t), unsigned(block - parts.first(BLOCK_K) + 1));
     }
   };
 
@@ -336,21 +371,24 @@ __global__ void __launch_bounds__(BackwardShape<D, SMALL>::THREADS)
     }
 
     const Parts parts = parts_of(query);
-    const bool adds = parts.low<first_key, leaves = parts.end> first_key + BLOCK_K;
+    const bool adds = parts.low < first_key;
+    const bool leaves = parts.end > first_key + BLOCK_K;
     if (thread == 0 && (head > 0 || query > first_query)) {
       hand_on(query == first_query ? head - 1 : head, query == first_query ? last_query : query - BLOCK_Q);
     }
     if (thread == 32 && adds) {
-      while (load_acquire(arrivals_of(head, query)) < unsigned(block - parts.first(BLOCK_K))) {
+      while (load_acquire(whole.arrivals + tile_at(head, query)) < unsigned(block - parts.first(BLOCK_K))) {
       }
     }
     __syncthreads();  // all gradients are there, and the sum of dq's parts before this one
 
-    const int64_t h = g * share + head;
     const int across = of_block % Shape::COLUMNS, down = of_block / Shape::COLUMNS;  // of dq's tile
-    float* part = whole.dq + ((b * p.H + h) * whole.padded + query) * D + of_block * (SLICE * SLICE) + lane * 4;
+    const auto part = [&] {
+      const int thread = this_thread();
+      return whole.dq + int64_t(tile_at(head, query)) * (BLOCK_Q * D) + thread / 32 * (SLICE * SLICE) + thread % 32 * 4;
+    };
     float dq[2][SLICE / 8][4] = {};
-    if (adds) load_part(dq, part);
+    if (adds) load_part(dq, part());
     add((Shape::SLICES - 1) * SLICE + side * SLICE);
     if constexpr (SIDES > 1) {
       const int row = (1 - side) * SLICE;
@@ -375,8 +413,9 @@ __global__ void __launch_bounds__(BackwardShape<D, SMALL>::THREADS)
       multiply_step<T, D>(dq, a, k_columns, rows_down<D>(16 * step));
     }
     if (leaves) {
-      store_part(part, dq);
+      store_part(part(), dq);
     } else {
+      const int64_t b = this_sequence(), h = head_at(head);
       const int first_row = query + down * SLICE;
       T* to_rows = static_cast<T*>(op.dq) + b * op.dq_strides[0] + h * op.dq_strides[1] + first_row * op.dq_strides[2] +
                    across * SLICE;
@@ -433,7 +472,8 @@ int launch_backward(const AttentionBackward& op, void* workspace, Stream stream)
                               reinterpret_cast<float2*>(rows),
                               reinterpret_cast<unsigned*>(rows + scratch.rows_bytes()),
                               Shape::BLOCK_Q,
-                              Shape::BLOCK_K};
+                              Shape::BLOCK_K,
+                              int(scratch.padded / Shape::BLOCK_Q)};
   const dim3 per_rows(unsigned(scratch.rows / (WARPS * 32 / Tile<D>::PIECES * 4)));
   const int error = launch(attention_backward_rows_kernel<T, D>, per_rows, dim3(WARPS * 32), 0, stream, whole);
   if (error != cudaSuccess) return error;

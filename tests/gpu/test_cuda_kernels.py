@@ -318,8 +318,9 @@ BACKWARD_FAULTS = {
     "part_released_to_this_block": ("st.release.gpu", "st.release.cta", HAZARDS),
     "part_not_acquired": ("ld.acquire.gpu", "ld.relaxed.gpu", HAZARDS),
     "part_released_early": (BEFORE, "thread == 0) {\n      hand_on(head, query)", HAZARDS),
-    "first_part_added_to": ("adds = parts.low<first_key", "adds = true", None),
-    "last_part_dropped": ("parts.end> first_key + BLOCK_K;", "true;", None),
+    "gradients_not_waited_for": ("__syncthreads();  // all gradients", "// all gradients", HAZARDS),
+    "first_part_added_to": ("adds = parts.low < first_key", "adds = true", None),
+    "last_part_dropped": ("leaves = parts.end > first_key + BLOCK_K;", "leaves = true;", None),
 }
 """Of attention_backward.cu."""
 FAULTS |= {

@@ -33,9 +33,9 @@ SHARED_BOUND = {"attention_backward D=128 small"}
 whose blocks may have less than 164 KB of shared memory."""
 
 
-SPILLED = {"attention_backward D=64": (64, 8), "attention_backward D=128": (64, 8)}
+SPILLED = {("attention_backward D=64", 90): (40, 4)}
 """Bytes of a thread, and accesses in a turn of the loop, at most: addresses for which dk, dv and
-scores leave no register. FlashAttention 2's own forward pass spills 220 to 290 bytes."""
+scores leave no register. No other kernel spills, for any target."""
 
 
 @cache
@@ -56,7 +56,7 @@ def test_cuda_machine_code_attention(target: int) -> None:
         assert count(opcodes, "HMMA") == products * m * n * width // 2048 // warps, name
         bound = Issue.of(fact.loop.always).bound()
         assert bound == ("shared" if name in SHARED_BOUND else "tensor"), name
-        spilled, touched = SPILLED.get(name, (0, 0))
+        spilled, touched = SPILLED.get((name, target), (0, 0))
         assert fact.resources.local <= spilled, name
         assert count(fact.loop.always, "LDL", "STL") <= touched, name
         assert fact.occupancy >= (8 if "backward" in name and name not in SHARED_BOUND else 4), name
