@@ -22,8 +22,8 @@
 // too small for that, a warp has 16 keys and shared memory is what bounds it.
 //
 // The sums and scores leave few registers for anything else: addresses are made anew in each turn, lse and delta are
-// read where they are used. So nothing is spilled for sm_80 and sm_100; for sm_90 at D = 64 four accesses to local
-// memory are left in a turn of 320 products.
+// read where they are used. So nothing is spilled for sm_80 and sm_100; for sm_90 at D = 64 fourteen accesses to
+// local memory are left in a turn of 320 products.
 #include "attention.cuh"
 
 namespace llmcore::cuda {

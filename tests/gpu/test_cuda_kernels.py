@@ -305,10 +305,13 @@ FAULTS = {
 
 THREE_BLOCKS = ((1, 1, 140, 64), (1, 1, 300, 64), (1, 1, 300, 64))
 TURN = "< unsigned(block - parts.first(BLOCK_K))) {\n      }"
-LOOK = f"      while (load_acquire(arrivals_of(head, query)) {TURN}\n"
+LOOK = f"      while (load_acquire(whole.arrivals + tile_at(head, query)) {TURN}\n"
 BEFORE = """thread == 0 && (head > 0 || query > first_query)) {
       hand_on(query == first_query ? head - 1 : head, \
 query == first_query ? last_query : query - BLOCK_Q)"""
+GRADIENTS = "__syncthreads();  // all gradients"
+BY_ONE = f"thread == 32 && adds) {{\n{LOOK}    }}\n    {GRADIENTS}"
+BY_ALL = f"adds) {{\n{LOOK}    }}\n    // all gradients"
 BACKWARD_FAULTS = {
     "turn_not_waited_for": (LOOK, "", HAZARDS),
     "turn_looked_at_once": (LOOK, LOOK.replace("while", "if"), HAZARDS),
@@ -318,7 +321,8 @@ BACKWARD_FAULTS = {
     "part_released_to_this_block": ("st.release.gpu", "st.release.cta", HAZARDS),
     "part_not_acquired": ("ld.acquire.gpu", "ld.relaxed.gpu", HAZARDS),
     "part_released_early": (BEFORE, "thread == 0) {\n      hand_on(head, query)", HAZARDS),
-    "gradients_not_waited_for": ("__syncthreads();  // all gradients", "// all gradients", HAZARDS),
+    "gradients_not_waited_for": (BY_ONE, BY_ALL, HAZARDS),
+    "warp_that_waits_left_behind": (GRADIENTS, "// all gradients", (ptxsim.WarpMaskError,)),
     "first_part_added_to": ("adds = parts.low < first_key", "adds = true", None),
     "last_part_dropped": ("leaves = parts.end > first_key + BLOCK_K;", "leaves = true;", None),
 }
