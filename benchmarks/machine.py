@@ -31,8 +31,9 @@ def load() -> float | None:
 
 
 def apart() -> tuple[float, float] | None:
-    """Nanoseconds that a cache line takes from one of our CPUs to the others: the least, the most.
+    """Nanoseconds that a cache line takes from one of our CPUs to others: the least, the most.
 
+    Of the first 16 CPUs.
     Cores that share a cache are some ten apart, those of other sockets some hundreds. A virtual
     machine's CPUs may move between the two, and products of matrices with them, by a sixth. None
     where there is one CPU, or it cannot be measured.

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <system_error>
 #include <thread>
 #if defined(__linux__)
 #include <sched.h>
@@ -42,9 +43,16 @@ double exchange_seconds(int64_t one, int64_t other) {
       seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() / double(2 * TURNS);
     }
   };
-  std::thread partner(play, other, 1);
-  std::thread(play, one, 0).join();
-  partner.join();
+  std::thread players[2];
+  try {
+    players[0] = std::thread(play, other, 1);
+    players[1] = std::thread(play, one, 0);
+  } catch (const std::system_error&) {
+    failed = true;  // which ends the wait of the other
+  }
+  for (std::thread& player : players) {
+    if (player.joinable()) player.join();
+  }
   return failed ? -1.0 : seconds;
 }
 

@@ -23,7 +23,7 @@ int64_t into_huge_pages(const std::vector<std::pair<uintptr_t, int64_t>>& pieces
   }
   int64_t moved = 0;
   for (const auto& [page, bytes] : filled) {
-    // What cannot be moved, a file's pages or what is mapped in part only, stays as it is.
+    // What cannot be moved, most files' pages or what is mapped in part only, stays as it is.
     if (bytes < HUGE_PAGE / 4 || madvise(reinterpret_cast<void*>(page), HUGE_PAGE, MADV_COLLAPSE) != 0) continue;
     moved += int64_t(HUGE_PAGE);
   }

@@ -1,6 +1,5 @@
-// Memory that is read whole, again and again: the weights of a model. From pages of 4 KiB
-// one-row products come slower by a tenth to a quarter, for a core asks for nothing ahead beyond the end of a page, and
-// each one's address has to be looked up.
+// Memory that is read whole, again and again: the weights of a model. In pages of 4 KiB a core asks for nothing ahead
+// beyond the end of a page, and each one's address has to be looked up.
 #pragma once
 
 #include <cstdint>

@@ -80,10 +80,11 @@ class _Work:
     model: nn.Module
     packing: Packing | None
     report: Report = field(default_factory=Report)
+    wholes: dict[str, nn.Module] = field(default_factory=dict)
 
     def run(self) -> None:
         before = self._wholes()
-        wholes = {name: self.model.get_submodule(name) for name in before}
+        wholes = self.wholes = {name: self.model.get_submodule(name) for name in before}
         for name, whole in wholes.items():
             if attention.is_of_transformers(whole):
                 self._checked("attention", name, before[name], self._choose_attention)
@@ -104,8 +105,12 @@ class _Work:
         """
         found = {}
         names = _of_transformers(self.model, "") or [""]
+        seen: set[nn.Module] = set()  # a module may have several names
         for name in names:  # which grow
             whole = self.model.get_submodule(name)
+            if whole in seen:
+                continue
+            seen.add(whole)
             if given := self._outputs(name, whole):
                 found[name] = given
             elif not any(p.is_meta for p in whole.parameters()):
@@ -155,7 +160,8 @@ class _Work:
         return got
 
     def _choose_attention(self, name: str, whole: nn.Module) -> None:
-        choice = attention.OwnConfig.choose(whole, self.model)
+        others = [other for other in self.wholes.values() if other is not whole]
+        choice = attention.OwnConfig.choose(whole, self.model, others)
         self.report._steps.append(choice.undo)
         self.report.swapped.append(Swap(name, "attention", 0.0))
 

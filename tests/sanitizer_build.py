@@ -8,6 +8,7 @@ import importlib.util
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -31,8 +32,14 @@ def build_flags() -> ModuleType:
     return module
 
 
-def build(folder: Path, sanitizer: str, levels: Sequence[str], before: Sequence[str] = ()) -> Path:
-    """The program exercise, with these levels, under one -fsanitize; before: the compiler's."""
+def build(
+    folder: Path, sanitizer: str, levels: Sequence[str], stop: threading.Event | None = None
+) -> Path:
+    """The program exercise, with these levels, under one -fsanitize.
+
+    With a `stop`, at a low priority, and no further than the files at work when it is set.
+    """
+    before = [] if stop is None else ["nice", "-n", "10"]
     setup = build_flags()
     common = ["-std=c++17", "-g", "-O1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     common += ["-Wno-psabi", f"-DLLMCORE_LEVELS(X)={' '.join(f'X({level})' for level in levels)}"]
@@ -48,6 +55,7 @@ def build(folder: Path, sanitizer: str, levels: Sequence[str], before: Sequence[
 
     def compile_one(job: tuple[Path, str, list[str]]) -> str:
         source, name, flags = job
+        assert stop is None or not stop.is_set(), "the tests are over"
         target = str(folder / f"{name}.o")
         command = [*before, str(COMPILER), *common, *flags, "-c", str(source), "-o", target]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -77,10 +85,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     ahead = concurrent.futures.ThreadPoolExecutor(1)
     folder = tempfile.TemporaryDirectory()
-    session.config.add_cleanup(folder.cleanup)
-    session.config.add_cleanup(lambda: ahead.shutdown(cancel_futures=True))
+    stop = threading.Event()
+    for cleanup in (folder.cleanup, ahead.shutdown, stop.set):  # the last one comes first
+        session.config.add_cleanup(cleanup)
     session.config.stash[AHEAD] = ahead.submit(
-        build, Path(folder.name), "address,undefined", [best_level()], ["nice", "-n", "10"]
+        build, Path(folder.name), "address,undefined", [best_level()], stop
     )
 
 

@@ -80,7 +80,8 @@ void pack_along(const Matrix<T>& from, int64_t rows, int64_t values, const Chain
 // read and where it goes are fetched: either may be in another core's cache, and that in another socket.
 template <class Products, class T>
 void pack_across(const Matrix<T>& from, int64_t rows, int64_t values, const Chains& chains, int64_t group, float* to) {
-  constexpr int64_t AHEAD = 8;  // steps
+  constexpr int64_t AHEAD = 8;  // steps; 16 were no better
+  const int64_t ahead = AHEAD * chains.count * Products::VALUES;
   int64_t k = 0;
   for (int64_t s = 0; s < chains.steps; ++s) {
     for (int64_t l = 0; l < chains.count; ++l, k += Products::VALUES) {
@@ -90,7 +91,7 @@ void pack_across(const Matrix<T>& from, int64_t rows, int64_t values, const Chai
       if (k + Products::VALUES <= values) {
         for (; r + LANES <= rows; r += LANES, at += group) {
           for (int v = 0; v < Products::VALUES; ++v) {
-            __builtin_prefetch(row + r + (AHEAD * Products::VALUES + v) * from.depth, 0, 3);
+            if (k + ahead + v < values) __builtin_prefetch(row + r + (ahead + v) * from.depth, 0, 3);
           }
           __builtin_prefetch(at + AHEAD * LANES, 1, 3);
           store(at, join_values<Products>(row + r, from.depth, Products::VALUES, LANES));

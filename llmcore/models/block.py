@@ -4,8 +4,9 @@
     stream = norm(stream + attention(stream))            "post", or
     stream = stream + norm(attention(norm(stream)))      "both"
 
-and the same with attention to a source, where there is one, and with the feed-forward network.
-Placed "parallel", the feed-forward network's norm is of the stream that attention's was of.
+and the same with attention to a source, where there is one, and with the feed-forward network. Or
+
+    stream = stream + attention(norm(stream)) + feed_forward(norm(stream))      "parallel"
 
 A branch's result is not added where it is made but by the next norm, which is one fused pass
 (`add_rms_norm`, `add_layer_norm`). So a block takes and gives two tensors: the residual stream,

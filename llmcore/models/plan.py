@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,7 @@ class Plan:
             activation=getattr(native.module.Activation, config.activation),
             dtype=_dtype(self.dtype),
         )
-        into_huge_pages(self.tensors)
+        _settle(model, self.tensors)
 
     @classmethod
     def of(cls, model: Decoder, cache: Cache) -> Plan | None:
@@ -139,13 +140,13 @@ class Plan:
             first = span.first
             positions = first if isinstance(first, Tensor) else torch.full((batch,), first)
         slots = Slots(
-            0 if starts is not None else span.q_offset,  # type: ignore[arg-type]
-            span.end,
-            starts,
-            span.kv_lengths,
-            positions,
-            getattr(span, "table", None),
-            getattr(cache, "page_length", 0),
+            start=0 if starts is not None else span.q_offset,  # type: ignore[arg-type]
+            end=span.end,
+            starts=starts,
+            lengths=span.kv_lengths,
+            positions=positions,
+            table=getattr(span, "table", None),
+            page_length=getattr(cache, "page_length", 0),
         )
         scales = cache.buffers.key_scales
         self._forward(
@@ -358,11 +359,21 @@ def _dtype(dtype: torch.dtype) -> Any:
     return getattr(native.module.Dtype, str(dtype).removeprefix("torch."))
 
 
+_settled: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
+
+
+def _settle(model: nn.Module, tensors: Sequence[Tensor]) -> None:
+    """Its weights into huge pages, tried once for each place where they lie."""
+    places = frozenset(t.data_ptr() for t in tensors)
+    if _settled.get(model) != places:
+        _settled[model] = places
+        into_huge_pages(tensors)
+
+
 def into_huge_pages(tensors: Sequence[Tensor]) -> int:
     """Their memory into huge pages, as csrc/huge_pages.h says: how many bytes are in such pages.
 
-    A pass of few tokens is bound by reading the weights. Pages that were moved before cost next to
-    nothing.
+    A pass of few tokens is bound by reading the weights.
     """
     assert native.module is not None
     pieces = {(t.data_ptr(), t.nbytes) for t in tensors}  # a tied embedding is one

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CellType, FunctionType
 from typing import Any
@@ -39,10 +39,13 @@ class OwnConfig:
     places: list[tuple[nn.Module, str, Any]]
 
     @classmethod
-    def choose(cls, model: nn.Module, around: nn.Module) -> OwnConfig:
+    def choose(
+        cls, model: nn.Module, around: nn.Module, others: Iterable[nn.Module] = ()
+    ) -> OwnConfig:
         """Give the model a config of its own that names llmcore's attention.
 
-        Where what is `around` it has that config too, it gets the same one.
+        Where what is `around` it has that config too, it gets the same one, but for `others`,
+        models that choose for themselves.
         ValueError where its class has no choice of attention functions, or its attention is one
         that was asked for by name ("flex_attention", ...).
         """
@@ -55,7 +58,13 @@ class OwnConfig:
         attention_interface.register()
         copies: dict[int, Any] = {}
         own_configs = {id(config) for _, _, config in configs_in(model)}
-        places = [place for place in configs_in(around) if id(place[2]) in own_configs]
+        modules = set(model.modules())
+        foreign = {module for other in others for module in other.modules()} - modules
+        places = [
+            place
+            for place in configs_in(around)
+            if id(place[2]) in own_configs and place[0] not in foreign
+        ]
         for _, _, config in places:
             copy.deepcopy(config, copies)  # sub-configs too, each once
         for module, name, config in places:

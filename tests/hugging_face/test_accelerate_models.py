@@ -136,6 +136,21 @@ def test_a_model_inside_another_one():
         assert torch.equal(model(ids), expected)
 
 
+def test_two_models_of_one_config_each_choose_for_themselves():
+    """A policy and its reference; the reference has a second name."""
+    policy = stock("llama")
+    reference = type(policy)(policy.config).eval()
+    both = torch.nn.ModuleDict({"policy": policy, "reference": reference, "again": reference})
+    config = policy.config
+    report = llmcore.accelerate(both)
+    for structure in ("attention", "decoder pass", "linear_cross_entropy"):
+        names = [s.name for s in report.swapped if s.structure == structure]
+        assert names == ["policy", "reference"], structure
+    assert policy.config is not config and reference.config is not config
+    report.undo()
+    assert policy.config is reference.config is config
+
+
 def test_a_model_of_two_without_a_small_input():
     """The two are held against themselves, each by its own inputs."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
