@@ -33,10 +33,9 @@ def load() -> float | None:
 def apart() -> tuple[float, float] | None:
     """Nanoseconds that a cache line takes from one of our CPUs to others: the least, the most.
 
-    Of the first 16 CPUs.
-    Cores that share a cache are some ten apart, those of other sockets some hundreds. A virtual
-    machine's CPUs may move between the two, and products of matrices with them, by a sixth. None
-    where there is one CPU, or it cannot be measured.
+    Of the first 16 CPUs. Those that share a cache are near, those of other sockets far; a virtual
+    machine's may move between the two, and what its cores hand to each other takes longer then.
+    None where there is one CPU, or it cannot be measured.
     """
     if native.module is None or not hasattr(os, "sched_getaffinity"):
         return None

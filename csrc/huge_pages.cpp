@@ -13,19 +13,19 @@ namespace llmcore {
 
 #if defined(__linux__)
 int64_t into_huge_pages(const std::vector<std::pair<uintptr_t, int64_t>>& pieces) {
-  constexpr uintptr_t HUGE_PAGE = uintptr_t{2} << 20;
+  constexpr uintptr_t PAGE = HUGE_PAGE;
   std::map<uintptr_t, uintptr_t> filled;  // bytes, by the page's address
   for (const auto& [begin, bytes] : pieces) {
     const uintptr_t end = begin + uintptr_t(bytes);
-    for (uintptr_t page = begin / HUGE_PAGE * HUGE_PAGE; page < end; page += HUGE_PAGE) {
-      filled[page] += std::min(end, page + HUGE_PAGE) - std::max(begin, page);
+    for (uintptr_t page = begin / PAGE * PAGE; page < end; page += PAGE) {
+      filled[page] += std::min(end, page + PAGE) - std::max(begin, page);
     }
   }
   int64_t moved = 0;
   for (const auto& [page, bytes] : filled) {
     // What cannot be moved, most files' pages or what is mapped in part only, stays as it is.
-    if (bytes < HUGE_PAGE / 4 || madvise(reinterpret_cast<void*>(page), HUGE_PAGE, MADV_COLLAPSE) != 0) continue;
-    moved += int64_t(HUGE_PAGE);
+    if (bytes < PAGE / 4 || madvise(reinterpret_cast<void*>(page), PAGE, MADV_COLLAPSE) != 0) continue;
+    moved += HUGE_PAGE;
   }
   return moved;
 }

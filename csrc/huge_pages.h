@@ -8,6 +8,8 @@
 
 namespace llmcore {
 
+constexpr int64_t HUGE_PAGE = int64_t{2} << 20;  // bytes
+
 // Moves the huge pages' worth of memory that these pieces (address, bytes) fill by a quarter or more into huge pages,
 // in place: addresses and contents stay. A quarter, for the weights of a packed model lie between what the C library
 // has free. How many bytes lie in huge pages then; 0 where the system has no such call.

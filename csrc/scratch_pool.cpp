@@ -8,12 +8,13 @@
 #include <sys/mman.h>
 #endif
 
+#include "huge_pages.h"
+
 namespace llmcore {
 namespace {
 
 constexpr int64_t SMALL = int64_t{64} << 10;  // the C library keeps these itself
 constexpr int64_t PAGE = 4096;
-constexpr int64_t HUGE_PAGE = int64_t{2} << 20;
 
 int64_t kept_bytes() {
   static const int64_t bytes = (int64_t{32} << 20) + std::thread::hardware_concurrency() * (int64_t{4} << 20);

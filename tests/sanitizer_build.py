@@ -4,16 +4,15 @@ default run is built beside the other tests, at a low priority."""
 from __future__ import annotations
 
 import concurrent.futures
-import importlib.util
 import shutil
 import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import setup_script
 
 from llmcore import device
 
@@ -21,15 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which("g++")
 FIXTURE = "sanitized_program"
 AHEAD = pytest.StashKey[concurrent.futures.Future[Path]]()
-
-
-def build_flags() -> ModuleType:
-    """setup.py as a module: the kernels' sources, levels and flags."""
-    spec = importlib.util.spec_from_file_location("llmcore_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def build(
@@ -40,7 +30,7 @@ def build(
     With a `stop`, at a low priority, and no further than the files at work when it is set.
     """
     before = [] if stop is None else ["nice", "-n", "10"]
-    setup = build_flags()
+    setup = setup_script.load()
     common = ["-std=c++17", "-g", "-O1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     common += ["-Wno-psabi", f"-DLLMCORE_LEVELS(X)={' '.join(f'X({level})' for level in levels)}"]
     jobs = [
@@ -71,7 +61,7 @@ def build(
 
 def levels() -> list[str]:
     """Every level that this build has, best first."""
-    return [*reversed(build_flags().LEVELS)]
+    return [*reversed(setup_script.load().LEVELS)]
 
 
 def best_level() -> str:

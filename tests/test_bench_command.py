@@ -158,7 +158,7 @@ def test_bench_accelerate_takes_names(
     monkeypatch.setattr(
         bench_accelerate, "compare", lambda f, rounds: bench_accelerate.Row(f.name, {}, [], 0.0)
     )
-    monkeypatch.setitem(bench_accelerate.SHAPES, "BERT-base", (lambda rounds: iter([shape]), 7))
+    monkeypatch.setitem(bench_accelerate.SHAPES, "BERT-base", lambda rounds: iter([shape]))
     path = tmp_path / "found.json"
     assert cli.main(["bench", "accelerate", "BERT-base", "Llama", "--json", str(path)]) == 0
     said = capsys.readouterr().out

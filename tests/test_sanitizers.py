@@ -10,7 +10,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from sanitizer_build import COMPILER, ROOT, best_level, build, build_flags, levels
+import setup_script
+from sanitizer_build import COMPILER, ROOT, best_level, build, levels
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not on this machine")
 
@@ -55,7 +56,7 @@ def test_sanitizer_finds_a_planted_fault(tmp_path: Path) -> None:
 
 def built_objects() -> list[Path]:
     """The kernels as they are in the library: optimised, by setup.py's own build."""
-    setup = build_flags()
+    setup = setup_script.load()
     folder = ROOT / "build" / f"native-{sysconfig.get_platform()}"
     names = [
         f"{level}_{source.stem}" for level in setup.LEVELS for source in setup.kernel_sources()

@@ -75,7 +75,7 @@ bool gemm_many(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matri
     step = strip_columns(N, most / (group + 1) * LANES, threads);
   }
   const int64_t strips = (N + step - 1) / step, strip_groups = (step + LANES - 1) / LANES;
-  // One piece of memory, the threads' strips first, which share no page.
+  // One piece of memory, the threads' strips first, a whole number of pages each.
   constexpr int64_t PAGE = 1024;  // words
   const int64_t used = strip_groups * group + STACK_SLOT * CHAINS_LOG2 + ROW_BLOCK * step;
   const int64_t strip_words = (used + PAGE - 1) / PAGE * PAGE;

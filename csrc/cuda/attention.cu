@@ -38,13 +38,13 @@ __global__ void __launch_bounds__(WARPS * 32) attention_forward_kernel(const Att
   const KeyBlocks blocks(keys, first_row, first_row + rows - 1, BLOCK_N);
   const auto fetch = [&](int block) {
     const int key = block * BLOCK_N, stage = block % Shape::STAGES;
-    Tile<D>::template copy<BLOCK_N>(k_tiles + stage * Shape::TILE_BYTES, k + key * p.k_strides[2], p.k_strides[2],
-                                    keys.length - key, thread, WARPS * 32);
-    Tile<D>::template copy<BLOCK_N>(v_tiles + stage * Shape::TILE_BYTES, v + key * p.v_strides[2], p.v_strides[2],
-                                    keys.length - key, thread, WARPS * 32);
+    Tile<D>::template copy<BLOCK_N, WARPS * 32>(k_tiles + stage * Shape::TILE_BYTES, k + key * p.k_strides[2],
+                                                p.k_strides[2], keys.length - key, thread);
+    Tile<D>::template copy<BLOCK_N, WARPS * 32>(v_tiles + stage * Shape::TILE_BYTES, v + key * p.v_strides[2],
+                                                p.v_strides[2], keys.length - key, thread);
   };
 
-  Tile<D>::template copy<BLOCK_M>(q_tile, q, p.q_strides[2], rows, thread, WARPS * 32);
+  Tile<D>::template copy<BLOCK_M, WARPS * 32>(q_tile, q, p.q_strides[2], rows, thread);
   if (blocks.first < blocks.end) fetch(blocks.first);
   commit_copies();
   const uint32_t own_rows = rows_down<D>(16 * M * warp);

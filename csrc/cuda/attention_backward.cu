@@ -292,8 +292,8 @@ __global__ void __launch_bounds__(BackwardShape<D, SMALL>::THREADS)
     const T* q = static_cast<const T*>(p.q) + b * p.q_strides[0] + h * p.q_strides[1] + t * p.q_strides[2];
     const T* dout =
         static_cast<const T*>(op.dout) + b * op.dout_strides[0] + h * op.dout_strides[1] + t * op.dout_strides[2];
-    Tile<D>::template copy<BLOCK_Q>(stage, q, p.q_strides[2], valid, thread, Shape::THREADS);
-    Tile<D>::template copy<BLOCK_Q>(stage + Shape::TILE_BYTES, dout, op.dout_strides[2], valid, thread, Shape::THREADS);
+    Tile<D>::template copy<BLOCK_Q, Shape::THREADS>(stage, q, p.q_strides[2], valid, thread);
+    Tile<D>::template copy<BLOCK_Q, Shape::THREADS>(stage + Shape::TILE_BYTES, dout, op.dout_strides[2], valid, thread);
     if (thread < Shape::ROWS_BYTES / 16) {
       const float2* rows = whole.rows + int64_t(tile_at(of_head, t)) * BLOCK_Q;
       copy_async(stage + 2 * Shape::TILE_BYTES + thread * 16, rows + 2 * thread, true);
@@ -302,8 +302,8 @@ __global__ void __launch_bounds__(BackwardShape<D, SMALL>::THREADS)
 
   const T* k = static_cast<const T*>(p.k) + b * p.k_strides[0] + g * p.k_strides[1] + first_key * p.k_strides[2];
   const T* v = static_cast<const T*>(p.v) + b * p.v_strides[0] + g * p.v_strides[1] + first_key * p.v_strides[2];
-  Tile<D>::template copy<BLOCK_K>(k_tile, k, p.k_strides[2], keys.length - first_key, thread, Shape::THREADS);
-  Tile<D>::template copy<BLOCK_K>(v_tile, v, p.v_strides[2], keys.length - first_key, thread, Shape::THREADS);
+  Tile<D>::template copy<BLOCK_K, Shape::THREADS>(k_tile, k, p.k_strides[2], keys.length - first_key, thread);
+  Tile<D>::template copy<BLOCK_K, Shape::THREADS>(v_tile, v, p.v_strides[2], keys.length - first_key, thread);
   if (tiles > 0) fetch(0, first_query, 0);
   commit_copies();
 

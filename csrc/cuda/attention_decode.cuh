@@ -72,9 +72,9 @@ __global__ void __launch_bounds__(WARPS * 32)
     if (seen(step)) {
       const int key = step * STEP, turn = (step - first) / WARPS % Shape::STAGES;
       const uint32_t stage = stages + turn * 2 * Shape::TILE_BYTES;
-      Tile<D>::template copy<STEP>(stage, k + key * p.k_strides[2], p.k_strides[2], keys.length - key, lane, 32);
-      Tile<D>::template copy<STEP>(stage + Shape::TILE_BYTES, v + key * p.v_strides[2], p.v_strides[2],
-                                   keys.length - key, lane, 32);
+      Tile<D>::template copy<STEP, 32>(stage, k + key * p.k_strides[2], p.k_strides[2], keys.length - key, lane);
+      Tile<D>::template copy<STEP, 32>(stage + Shape::TILE_BYTES, v + key * p.v_strides[2], p.v_strides[2],
+                                       keys.length - key, lane);
     }
     commit_copies();
   };

@@ -38,11 +38,13 @@ struct Tile {
     return uint32_t(row * ROW_BYTES) + (uint32_t(piece ^ (row & 7)) << 4);
   }
 
-  // Rows [0, ROWS) of a tile from rows `stride` elements apart, by `threads` threads; rows from `valid` on are zeros.
+  // Rows [0, ROWS) of a tile from rows `stride` elements apart, by THREADS threads; rows from `valid` on are zeros.
   // One address that grows: those of all of a thread's rows would be kept in registers.
-  template <int ROWS, typename T>
-  __device__ static void copy(uint32_t tile, const T* from, int64_t stride, int valid, int thread, int threads) {
-    const int first = thread / PIECES, piece = thread % PIECES, step = threads / PIECES;
+  template <int ROWS, int THREADS, typename T>
+  __device__ static void copy(uint32_t tile, const T* from, int64_t stride, int valid, int thread) {
+    constexpr int step = THREADS / PIECES;
+    static_assert(THREADS % PIECES == 0 && ROWS % step == 0);
+    const int first = thread / PIECES, piece = thread % PIECES;
     from += first * stride + piece * 8;
 #pragma unroll
     for (int row = first; row < first + ROWS; row += step) {

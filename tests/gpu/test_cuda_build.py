@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from types import ModuleType
 
 import nvcc
 import pytest
+import setup_script
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,11 +20,7 @@ REGISTER = sorted((ROOT / "csrc" / "register").glob("*.cpp"))
 
 @pytest.fixture(scope="module")
 def setup() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("llmcore_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return setup_script.load()
 
 
 def test_cuda_build_reasons(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from simulated import Library, executed, plain_name
 from llmcore import dispatch
 from llmcore.dispatch import REGISTRY
 from llmcore.ops.sample import Draw, Sample
-from llmcore.verify import judge, verify_backend
+from llmcore.verify import BACKWARD_FACTOR, FORWARD_FACTOR, judge, verify_backend
 
 pytestmark = pytest.mark.skipif(bool(nvcc.why_not()), reason=nvcc.why_not())
 
@@ -366,7 +366,8 @@ def test_cuda_kernels_planted_fault(name: str, record_property) -> None:
     with simulated_ops.installed(broken, fault.op), dispatch.use("cuda"):
         if fault.caught is None:
             gold = run(op.define, [a.double() for a in args])
-            verdict = judge(run(op.function, args), gold, run(op.define, args), 2.0)
+            factor = BACKWARD_FACTOR if fault.backward else FORWARD_FACTOR
+            verdict = judge(run(op.function, args), gold, run(op.define, args), factor)
             assert not verdict.passed
             how = "wrong numbers"
         else:

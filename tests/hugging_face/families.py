@@ -292,3 +292,15 @@ def word_tokenizer():
         eos_token="</s>",
         unk_token="<unk>",
     )
+
+
+STOCK = {"gemma2": "eager", "gpt_oss": "eager", "t5": "eager"}
+"""What a family's own attention is, where it isn't sdpa."""
+
+
+def stock(family: str):
+    return build(family, STOCK.get(family, "sdpa"))
+
+
+def passes(model) -> int:
+    return model._llmcore_passes.count
