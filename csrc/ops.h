@@ -249,7 +249,8 @@ struct CrossEntropyBackward {
 };
 
 // The loss of logits = x weight^T + bias, which are never whole. x (rows, width), weight (classes, width), contiguous;
-// bias (classes) or null; the rest as in CrossEntropyForward.
+// bias (classes) or null; the rest as in CrossEntropyForward. Where dx (rows, width), dweight (classes, width) or dbias
+// (classes) is not null, all are float32, the reduction is sum or mean, and the gradients of the loss are made as well.
 struct LinearCrossEntropyForward {
   const void* x;
   const void* weight;
@@ -257,6 +258,9 @@ struct LinearCrossEntropyForward {
   const int64_t* target;
   void* loss;
   float* statistics;
+  float* dx;
+  float* dweight;
+  float* dbias;
   int64_t rows, width, classes, ignore_index;
   float label_smoothing;
   Reduction reduction;

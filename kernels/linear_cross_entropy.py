@@ -194,9 +194,9 @@ def forward(
     target: torch.Tensor,
     bias: torch.Tensor | None,
     options: Any,
-    keep: bool = False,
+    needs: tuple[bool, bool, bool] | None = None,
 ) -> Any:
-    """The loss; with `keep` also each row's maximum and log of its sum, (N, 2) float32."""
+    """The loss; given `needs`, also each row's maximum and log of its sum, (N, 2) float32."""
     classes, width = weight.shape
     kept = counted(target, classes, options.ignore_index)
     rows = target.numel()
@@ -231,7 +231,7 @@ def forward(
         loss = row_loss.reshape(target.shape).masked_fill(~kept, 0.0)
         statistics = torch.stack((peak, log_sum), 1)
     result = reduced(loss, kept, options.reduction, x.dtype)
-    return (result, statistics) if keep else result
+    return result if needs is None else (result, statistics)
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -234,13 +234,13 @@ void multiply_panel(const float* a, const float* b, int64_t rows, int64_t group,
   }
 }
 
-// sums = a block of rows times a strip of columns; done(r, end, c, count) when rows [r, end) of `count` columns are
-// there.
+// sums = a block of rows times a strip of columns, or += when `onto`; done(r, end, c, count) when rows [r, end) of
+// `count` columns are there. Whole vectors are written. One chain needs no stack.
 template <class Products, class Done>
 void multiply_strip(const float* a, const float* b, int64_t rows, int64_t columns, int64_t depth, const DepthCut& cut,
-                    int64_t group, float* stack, float* sums, int64_t sums_row, const Done& done) {
+                    int64_t group, float* stack, float* sums, int64_t sums_row, const Done& done, bool onto = false) {
   if (depth == 0) {
-    std::memset(sums, 0, size_t(rows * sums_row) * sizeof(float));
+    if (!onto) std::memset(sums, 0, size_t(rows * sums_row) * sizeof(float));
     return done(0, rows, 0, columns);
   }
   for_depth_blocks<Products>(depth, cut.longest, [&](int64_t k, int64_t values) {
@@ -254,10 +254,11 @@ void multiply_strip(const float* a, const float* b, int64_t rows, int64_t column
           if (k + values == depth) done(r, end, c, count);
         };
         if (chains.count == 1) {
-          multiply_panel<Products, 1, V>(a, panel, rows, group, chains, stack, sums + c, sums_row, k > 0, done_here);
+          multiply_panel<Products, 1, V>(a, panel, rows, group, chains, stack, sums + c, sums_row, onto || k > 0,
+                                         done_here);
         } else {
-          multiply_panel<Products, CHAINS_AT_ONCE, V>(a, panel, rows, group, chains, stack, sums + c, sums_row, k > 0,
-                                                      done_here);
+          multiply_panel<Products, CHAINS_AT_ONCE, V>(a, panel, rows, group, chains, stack, sums + c, sums_row,
+                                                      onto || k > 0, done_here);
         }
       };
       if (count > 2 * LANES) {

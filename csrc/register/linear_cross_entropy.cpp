@@ -23,19 +23,24 @@ struct Inputs {
   Parameter added{std::nullopt, 0, "bias"};
 };
 
-std::tuple<Tensor, Tensor> linear_cross_entropy_forward(int64_t level, const Tensor& x, const Tensor& weight,
-                                                        const Tensor& target, const OptionalTensor& bias,
-                                                        int64_t ignore_index, double label_smoothing,
-                                                        int64_t reduction) {
+// The gradients that are wanted are those of a loss that is one number, in float32; else all of them are empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(
+    int64_t level, const Tensor& x, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+    int64_t ignore_index, double label_smoothing, int64_t reduction, bool want_dx, bool want_dweight, bool want_dbias) {
   const Inputs in(x, weight, target, bias, ignore_index);
   const Reduction how = reduction_of(reduction);
+  STD_TORCH_CHECK(!(want_dx || want_dweight || want_dbias) || (how != Reduction::none && in.dtype == Dtype::float32),
+                  "reduction: gradients come with the loss where it is sum or mean, in float32");
   const Tensor loss = fresh_loss(in.labels, in.input.scalar_type(), how);
   const Tensor statistics = fresh({in.rows, 2}, {2, 1}, ScalarType::Float);
+  const Tensor dx = fresh_like(in.input, want_dx), dweight = fresh_like(in.values, want_dweight);
+  const Tensor dbias = float_vector(want_dbias, in.classes);
   check_scratch(kernels_of(level).linear_cross_entropy_forward(
       {in.input.const_data_ptr(), in.values.const_data_ptr(), in.added.data, in.label, loss.mutable_data_ptr(),
-       floats_of(statistics, true), in.rows, in.width, in.classes, ignore_index, float(label_smoothing), how, in.dtype,
+       floats_of(statistics, true), floats_of(dx, want_dx), floats_of(dweight, want_dweight),
+       floats_of(dbias, want_dbias), in.rows, in.width, in.classes, ignore_index, float(label_smoothing), how, in.dtype,
        in.added.dtype}));
-  return {loss, statistics};
+  return {loss, statistics, dx, dweight, dbias};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(int64_t level, const Tensor& dloss, const Tensor& x,
@@ -66,7 +71,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(int64_t level, 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmcore, m) {
   m.def(
       "linear_cross_entropy_forward(int level, Tensor x, Tensor weight, Tensor target, Tensor? bias, int ignore_index,"
-      " float label_smoothing, int reduction) -> (Tensor, Tensor)");
+      " float label_smoothing, int reduction, bool want_dx, bool want_dweight, bool want_dbias)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "linear_cross_entropy_backward(int level, Tensor dloss, Tensor x, Tensor weight, Tensor target, Tensor? bias,"
       " Tensor statistics, int ignore_index, float label_smoothing, int reduction, bool need_dx, bool need_dweight,"

@@ -15,9 +15,11 @@ does not reach the loss, but the weight's gradient, which is a product with all 
 Errors: TypeError for a dtype, ValueError for a shape, a device or an option, IndexError for a
 target that is no class (on the CPU).
 
-Kernels: forward(x, weight, target, bias, options: LossOptions, keep=False) -> loss, and with `keep`
-statistics for the backward pass behind it; backward(dloss, x, weight, target, bias, statistics,
-options, needs) -> dx, dweight, dbias (float32), each empty where not needed.
+Kernels: forward(x, weight, target, bias, options: LossOptions, needs=None) -> loss, and where
+`needs` (whether x, weight and bias need a gradient) is given, statistics for the backward pass
+behind it and, from a kernel that makes gradients along with a loss, dx, dweight and dbias of a
+gradient of 1, all empty where that does not pay; backward(dloss, x, weight, target, bias,
+statistics, options, needs) -> dx, dweight, dbias (float32), each empty where not needed.
 """
 
 from __future__ import annotations
@@ -42,6 +44,9 @@ from llmcore.ops.cross_entropy import (
     raw_options,
 )
 from llmcore.ops.sample import Draw, Sample
+
+Needs = tuple[bool, bool, bool]
+"""Of x, weight and bias."""
 
 
 @contract.without_autocast
@@ -126,9 +131,23 @@ def _(
     ignore_index: int,
     label_smoothing: float,
     reduction: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    want_dx: bool,
+    want_dweight: bool,
+    want_dbias: bool,
+) -> tuple[torch.Tensor, ...]:
     loss = x.new_empty(target.shape if REDUCTIONS[reduction] == "none" else ())
-    return loss, x.new_empty(target.numel(), 2, dtype=torch.float32)
+    statistics = x.new_empty(target.numel(), 2, dtype=torch.float32)
+    return loss, statistics, *empty_gradients(x, weight, want_dx, want_dweight, want_dbias)
+
+
+def empty_gradients(
+    x: torch.Tensor, weight: torch.Tensor, dx: bool, dweight: bool, dbias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        x.new_empty(x.shape if dx else (0,)),
+        weight.new_empty(weight.shape if dweight else (0,)),
+        x.new_empty(weight.shape[0] if dbias else 0, dtype=torch.float32),
+    )
 
 
 @native.fake("linear_cross_entropy_backward")
@@ -147,9 +166,29 @@ def _(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dbias = x.new_empty(weight.shape[0] if need_dbias else 0, dtype=torch.float32)
-    dx = x.new_empty(x.shape if need_dx else (0,))
-    return dx, weight.new_empty(weight.shape if need_dweight else (0,)), dbias
+    return empty_gradients(x, weight, need_dx, need_dweight, need_dbias)
+
+
+ROWS_FOR_GRADIENTS = 27 * 64
+"""From so many rows on, the CPU's forward pass makes the gradients as well.
+
+It saves a product, the logits again, but passes the weight and its gradient through memory for
+every 1/27 of the rows, which must be worth that.
+"""
+
+
+def come_with_loss(x: torch.Tensor, target: torch.Tensor, options: LossOptions) -> bool:
+    """Whether the native forward pass makes the gradients, too.
+
+    In float32, in which gradients are accumulated, and of one number: of a loss for each row, what
+    comes back is not known yet. Function transforms differentiate the definition.
+    """
+    return (
+        x.dtype == torch.float32
+        and options.reduction != "none"
+        and target.numel() >= ROWS_FOR_GRADIENTS
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def with_options(candidate: Candidate) -> Candidate:
@@ -157,10 +196,13 @@ def with_options(candidate: Candidate) -> Candidate:
     raw_forward, raw_backward = candidate.forward, candidate.backward
     assert raw_backward is not None
 
-    def forward(*args: Any, keep: bool = False) -> Any:
+    def forward(*args: Any, needs: Needs | None = None) -> Any:
         *tensors, options = args
-        results = raw_forward(*tensors, *raw_options(options))
-        return results if keep else results[0]
+        wanted: Needs = False, False, False
+        if needs is not None and come_with_loss(tensors[0], tensors[2], options):
+            wanted = needs
+        results = raw_forward(*tensors, *raw_options(options), *wanted)
+        return results[0] if needs is None else results
 
     def backward(*args: Any) -> Any:
         *tensors, options, needs = args
@@ -188,7 +230,7 @@ OP = Op(
 
 
 class LinearCrossEntropy(contract.KernelFunction):
-    """The gradient of a kernel's forward pass, by the same kernel's backward pass."""
+    """The gradient of a kernel's forward pass: what that made itself, or by its backward pass."""
 
     @staticmethod
     def forward(
@@ -198,33 +240,39 @@ class LinearCrossEntropy(contract.KernelFunction):
         bias: torch.Tensor | None,
         options: LossOptions,
         kernel: Candidate,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return kernel.forward(x, weight, target, bias, options, keep=True)
+        needs: Needs,
+    ) -> tuple[torch.Tensor, ...]:
+        return kernel.forward(x, weight, target, bias, options, needs=needs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, weight, target, bias, ctx.options, ctx.kernel = inputs
-        _, statistics = output
-        ctx.save_for_backward(x, weight, target, bias, statistics)
-        ctx.mark_non_differentiable(statistics)
+        x, weight, target, bias, ctx.options, ctx.kernel, ctx.needs = inputs
+        ctx.save_for_backward(x, weight, target, bias, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
+        ctx.early = any(t.numel() for t in output[2:])
 
     @staticmethod
-    def backward(ctx: Any, dloss: torch.Tensor | None, _: None) -> tuple[Any, ...]:
-        x, weight, target, bias, statistics = ctx.saved_tensors
+    def backward(ctx: Any, dloss: torch.Tensor | None, *rest: None) -> tuple[Any, ...]:
+        x, weight, target, bias, statistics, *early = ctx.saved_tensors
         if dloss is None:
-            return (None,) * 6
+            return (None,) * 7
         if contract.differentiated_again():
 
             def define(*tensors: Any) -> torch.Tensor:
                 return reference(tensors[0], tensors[1], target, tensors[2], ctx.options)
 
             dx, dweight, dbias = contract.gradients(define, (x, weight, bias), dloss)
-            return dx, dweight, None, dbias, None, None
-        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        dx, dweight, dbias = ctx.kernel.backward(
-            dloss, x, weight, target, bias, statistics, ctx.options, needs
-        )
+            return dx, dweight, None, dbias, None, None, None
+        if ctx.early:
+            dx, dweight, dbias = (times(t, dloss) for t in early)
+            # They are given away: a second pass through this graph makes its own.
+            ctx.early = torch.compiler.is_compiling()
+        else:
+            dx, dweight, dbias = ctx.kernel.backward(
+                dloss, x, weight, target, bias, statistics, ctx.options, ctx.needs
+            )
+        needs = ctx.needs
         return (
             dx if needs[0] else None,
             dweight if needs[1] else None,
@@ -232,7 +280,17 @@ class LinearCrossEntropy(contract.KernelFunction):
             dbias.to(bias.dtype) if needs[2] else None,
             None,
             None,
+            None,
         )
+
+
+def times(gradient: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
+    """gradient * dloss, in its place where no graph is being made of it."""
+    if torch.compiler.is_compiling():
+        return gradient * dloss
+    # By .data, whose changes, and the receiver's, are none of those that autograd looks for in what
+    # it saved: the next pass through this graph does not read this.
+    return gradient.data if dloss == 1 else gradient.data.mul_(dloss)
 
 
 def linear_cross_entropy(
@@ -266,7 +324,8 @@ def linear_cross_entropy(
     kernel = OP.kernel(contract.call_key(args[:4], args[4]), *args)
     try:
         if kernel.backward is not None and contract.wants_gradient(x, weight, bias):
-            loss, _ = LinearCrossEntropy.record(*args, kernel)
+            needs = tuple(t is not None and t.requires_grad for t in (args[0], args[1], args[3]))
+            loss, *_ = LinearCrossEntropy.record(*args, kernel, needs)
             return loss
         return kernel.forward(*args)
     except RuntimeError:

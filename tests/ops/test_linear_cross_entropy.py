@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -8,13 +9,27 @@ import torch
 import torch.nn.functional as F
 
 from llmcore import ops
+from llmcore.dispatch import REGISTRY
 
 pytestmark = pytest.mark.usefixtures("backend")
 
 
+@pytest.fixture
+def with_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A native forward pass makes the gradients as well, however few the rows."""
+    monkeypatch.setattr(REGISTRY["linear_cross_entropy"], "chosen", {})
+    module = importlib.import_module("llmcore.ops.linear_cross_entropy")
+    monkeypatch.setattr(module, "ROWS_FOR_GRADIENTS", 0)
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["", "gradients_with_loss"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "no_bias"])
-def test_linear_cross_entropy_equals_torch(reduction: str, biased: bool) -> None:
+def test_linear_cross_entropy_equals_torch(
+    reduction: str, biased: bool, early: bool, request: pytest.FixtureRequest
+) -> None:
+    if early:
+        request.getfixturevalue("with_loss")
     tensors = [torch.randn(4, 6, 16), torch.randn(33, 16), torch.randn(33)]
     target = torch.randint(0, 33, (4, 6))
     target[0, 0] = -100
@@ -76,3 +91,67 @@ def test_linear_cross_entropy_errors() -> None:
         ops.linear_cross_entropy(x, weight, target + 5)
     with pytest.raises(ValueError, match=r"label_smoothing: got -0.5"):
         ops.linear_cross_entropy(x, weight, target, label_smoothing=-0.5)
+
+
+@pytest.mark.usefixtures("with_loss")
+@pytest.mark.parametrize("rows, width, classes", [(230, 33, 1031), (40, 100, 700), (7, 5, 3)])
+def test_linear_cross_entropy_gradients_with_the_loss(rows: int, width: int, classes: int) -> None:
+    """The same loss as without, float64's gradients, times what comes back, at every pass anew."""
+    x, weight = torch.randn(rows, width), torch.randn(classes, width) * width**-0.5
+    bias, target = torch.randn(classes), torch.randint(0, classes, (rows,))
+    target[::3] = -100
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    want = F.cross_entropy(F.linear(*wide), target, label_smoothing=0.1)
+    exact = torch.autograd.grad(want, wide)
+    loss = ops.linear_cross_entropy(x, weight, target, bias, label_smoothing=0.1)
+    with torch.no_grad():
+        assert torch.equal(
+            loss, ops.linear_cross_entropy(x, weight, target, bias, label_smoothing=0.1)
+        )
+    for factor in (1.0, -3.0, 1.0):
+        found = torch.autograd.grad(loss, inputs, torch.tensor(factor), retain_graph=True)
+        for gradient, true in zip(found, exact, strict=True):
+            torch.testing.assert_close(gradient.double(), true * factor, rtol=1e-4, atol=1e-6)
+            gradient.zero_()  # what a user does to his gradient reaches no later pass
+
+
+@pytest.mark.usefixtures("with_loss")
+def test_linear_cross_entropy_gradients_with_the_loss_of_one_input() -> None:
+    target = torch.randint(0, 90, (50,))
+    tensors = torch.randn(50, 20), torch.randn(90, 20), torch.randn(90)
+
+    def gradients(needs: tuple[bool, ...]) -> list[torch.Tensor | None]:
+        x, weight, bias = (t.clone().requires_grad_(n) for t, n in zip(tensors, needs, strict=True))
+        ops.linear_cross_entropy(x, weight, target, bias, reduction="sum").backward()
+        return [x.grad, weight.grad, bias.grad]
+
+    every = gradients((True, True, True))
+    for i in range(3):
+        alone = gradients(tuple(j == i for j in range(3)))
+        assert torch.equal(alone[i], every[i])
+        assert all(g is None for j, g in enumerate(alone) if j != i)
+
+
+@pytest.mark.usefixtures("with_loss")
+def test_linear_cross_entropy_gradients_of_no_rows() -> None:
+    x, weight = torch.randn(0, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+    target = torch.empty(0, dtype=torch.int64)
+    ops.linear_cross_entropy(x, weight, target, reduction="sum").backward()
+    assert x.grad.shape == (0, 8) and not weight.grad.any()
+
+
+@pytest.mark.usefixtures("with_loss")
+def test_linear_cross_entropy_gradients_with_the_loss_on_any_number_of_threads() -> None:
+    x, weight = torch.randn(300, 100).requires_grad_(), torch.randn(2000, 100).requires_grad_()
+    target = torch.randint(0, 2000, (300,))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            loss = ops.linear_cross_entropy(x, weight, target)
+            found.append((loss, *torch.autograd.grad(loss, (x, weight))))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
