@@ -35,6 +35,18 @@ LEVELS: dict[str, list[str]] = {"portable": []} | (
     else {}
 )
 
+
+def chosen_levels() -> dict[str, list[str]]:
+    """Those of LEVELS that LLMCORE_LEVELS names ("avx2 avx512"; without it all), and portable.
+
+    What is built for machines that one knows takes a part of the time.
+    """
+    names = os.environ.get("LLMCORE_LEVELS", " ".join(LEVELS)).replace(",", " ").split()
+    if unknown := [name for name in names if name not in LEVELS]:
+        raise SystemExit(f"LLMCORE_LEVELS: {', '.join(unknown)} is none of {', '.join(LEVELS)}")
+    return {level: flags for level, flags in LEVELS.items() if level in ("portable", *names)}
+
+
 # Errors where we build; elsewhere a newer compiler's new warning must not break an install.
 # Clang would warn of warnings that only GCC knows.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-warning-option", "-Wno-psabi"]
@@ -195,7 +207,9 @@ class NinjaBuild(build_ext):
             objects.append(f"{name}.o")
 
         csrc = ROOT / "csrc"
-        compile_to("levels", csrc / "levels.cpp", [])
+        levels = chosen_levels()
+        listed = " ".join(f"X({level})" for level in levels)
+        compile_to("levels", csrc / "levels.cpp", [f"-DLLMCORE_LEVELS(X)={listed}"])
         compile_to("scratch_pool", csrc / "scratch_pool.cpp", [])
         compile_to("exchange", csrc / "exchange.cpp", [])
         compile_to("huge_pages", csrc / "huge_pages.cpp", [])
@@ -203,7 +217,7 @@ class NinjaBuild(build_ext):
         compile_to("decoder_plan", csrc / "decoder_plan.cpp", binding)
         for source in sorted((csrc / "register").glob("*.cpp")):
             compile_to(f"register_{source.stem}", source, binding)
-        for level, flags in LEVELS.items():
+        for level, flags in levels.items():
             for source in kernel_sources():
                 defines = [f"-DLLMCORE_LEVEL={level}"]
                 compile_to(f"{level}_{source.stem}", source, [*KERNEL, *flags, *defines])

@@ -126,7 +126,7 @@ def native_candidates(
         if native.module is None:
             machine = native.why_not
         elif level not in levels:
-            machine = f"not built: {level} is not a level of this architecture"
+            machine = f"not built: {level} is not among the levels of this build"
         else:
             machine = f"this machine lacks{levels[level]}" if levels[level] else ""
         index = list(levels).index(level) if level in levels else native.BEST_LEVEL

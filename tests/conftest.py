@@ -12,6 +12,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
+from built_ahead import package, pytest_collection_finish, sanitized_program  # noqa: F401
 from run_report import (  # noqa: F401  (pytest finds hooks and fixtures by name here)
     backend,
     nothing_left_behind,
@@ -19,7 +20,6 @@ from run_report import (  # noqa: F401  (pytest finds hooks and fixtures by name
     pytest_sessionstart,
     pytest_terminal_summary,
 )
-from sanitizer_build import pytest_collection_finish, sanitized_program  # noqa: F401
 
 from llmcore.dispatch import REGISTRY
 from llmcore.models import Decoder, Encoder, TransformerConfig, load, minilm, smollm2

@@ -11,34 +11,24 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import venv
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import setup_script
+from package_build import Package, environment
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("csrc", "kernels", "llmcore", "scripts", "tests")
-FILES = (
-    "pyproject.toml",
-    "setup.py",
-    "MANIFEST.in",
-    "README.md",
-    "LICENSE",
-    "CHANGELOG.md",
-    "Makefile",
-)
 HAS_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is not None
 
 REPORT = """
-import pathlib, sys
+import importlib.util, pathlib
 import llmcore, llmcore.kernels
-from llmcore import native
+from llmcore import device
 print(pathlib.Path(llmcore.__file__).parent)
-print(native.module is not None)
-import importlib.util
+print(*device.cpu_levels())
 print(importlib.util.find_spec("llmcore.kernels.rms_norm") is not None)
 """
 
@@ -50,39 +40,16 @@ def run(command: list[str], **options: object) -> str:
     return done.stdout
 
 
-def clean_environment(**extra: str) -> dict[str, str]:
-    dropped = ("PYTHONPATH", "LLMCORE_BACKEND", "LLMCORE_REQUIRE_NATIVE")
-    return {k: v for k, v in os.environ.items() if k not in dropped} | extra
+@pytest.fixture
+def unpacked(package: Package) -> Path:
+    """The source tree that the sdist holds."""
+    return package.unpacked
 
 
-@pytest.fixture(scope="module")
-def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source distribution of a copy of the checkout."""
-    pytest.importorskip("build")
-    copy = tmp_path_factory.mktemp("checkout") / "llmcore"
-    copy.mkdir()
-    skipped = shutil.ignore_patterns("*.so", "__pycache__")
-    for part in PARTS:
-        shutil.copytree(ROOT / part, copy / part, ignore=skipped)
-    for name in FILES:
-        shutil.copy(ROOT / name, copy)
-    run([sys.executable, "-m", "build", "--sdist", "--no-isolation", str(copy)])
-    return next((copy / "dist").glob("*.tar.gz"))
-
-
-@pytest.fixture(scope="module")
-def unpacked(sdist: Path) -> Path:
-    """The source tree that the sdist holds: what is missing there is missing for everybody."""
-    with tarfile.open(sdist) as archive:
-        archive.extractall(sdist.parent, filter="data")
-    return sdist.with_name(sdist.name.removesuffix(".tar.gz"))
-
-
-@pytest.fixture(scope="module")
-def wheel(unpacked: Path) -> Path:
+@pytest.fixture
+def wheel(package: Package) -> Path:
     """A wheel built from the sdist."""
-    run([sys.executable, "-m", "build", "--wheel", "--no-isolation", str(unpacked)])
-    return next((unpacked / "dist").glob("*.whl"))
+    return package.wheel
 
 
 @pytest.fixture
@@ -100,17 +67,17 @@ def python(tmp_path: Path) -> Iterator[str]:
 def pip(python: str, *arguments: str) -> None:
     run(
         [python, "-m", "pip", "install", "--quiet", "--no-deps", *arguments],
-        env=clean_environment(),
+        env=environment(),
     )
 
 
 def check(python: str, folder: Path, home: Path) -> None:
     """llmcore, its native and its Triton kernels are found, in `home`, from `folder`."""
-    place, has_native, has_kernels = run(
-        [python, "-c", REPORT], cwd=folder, env=clean_environment()
-    ).split("\n")[:3]
+    place, levels, has_kernels = run([python, "-c", REPORT], cwd=folder, env=environment()).split(
+        "\n"
+    )[:3]
     assert Path(place).is_relative_to(home), place
-    assert has_native == str(HAS_COMPILER)
+    assert levels == ("portable" if HAS_COMPILER else "")
     assert has_kernels == "True"
 
 
@@ -133,9 +100,9 @@ def test_install_editable(unpacked: Path, python: str, tmp_path: Path) -> None:
 def test_install_wheel_beside_a_checkout(wheel: Path, python: str, unpacked: Path) -> None:
     """From a checkout its own sources come first, as ever; the Triton kernels are found."""
     pip(python, str(wheel))
-    place, _, has_kernels = run(
-        [python, "-c", REPORT], cwd=unpacked, env=clean_environment()
-    ).split("\n")[:3]
+    place, _, has_kernels = run([python, "-c", REPORT], cwd=unpacked, env=environment()).split(
+        "\n"
+    )[:3]
     assert Path(place).is_relative_to(unpacked)
     assert has_kernels == "True"
 
@@ -148,8 +115,8 @@ def test_install_transformers_from_the_checkout(with_kernels: bool) -> None:
         pytest.importorskip("kernels.layer", reason="Hugging Face's kernels is not installed")
     hide = "" if with_kernels else "import sys; sys.modules['kernels'] = None\n"
     code = hide + "from transformers import LlamaForCausalLM; import llmcore.kernels; print('ok')"
-    environment = clean_environment(PYTHONPATH=str(ROOT))
-    assert run([sys.executable, "-c", code], cwd=ROOT, env=environment).strip().endswith("ok")
+    there = environment(PYTHONPATH=str(ROOT))
+    assert run([sys.executable, "-c", code], cwd=ROOT, env=there).strip().endswith("ok")
 
 
 @pytest.fixture
@@ -167,24 +134,37 @@ def test_install_without_kernels(
     source: Path, python: str, tmp_path: Path, editable: bool, compiler: str
 ) -> None:
     """No compiler, or one that fails: only the definitions run then, and backends() says so."""
-    environment = clean_environment(CXX=compiler)
+    broken = environment(CXX=compiler)
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    run([*install, *(["-e"] if editable else []), str(source)], env=environment)
+    run([*install, *(["-e"] if editable else []), str(source)], env=broken)
     code = (
         "import torch, llmcore\n"
         "assert llmcore.explain('rms_norm', torch.ones(2, 3)).chosen == 'reference'\n"
         "print(llmcore.ops.rms_norm(torch.ones(2, 3)).sum().item())\n"
         "print(llmcore.backends()['rms_norm']['cpu'])\n"
     )
-    total, reason = run([python, "-c", code], cwd=tmp_path, env=environment).splitlines()
+    total, reason = run([python, "-c", code], cwd=tmp_path, env=broken).splitlines()
     assert abs(float(total) - 6) < 1e-4
     assert "not built" in reason
 
 
+def test_install_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLMCORE_LEVELS: all without it, portable with any, nothing for a name that there is not."""
+    setup = setup_script.load()
+    monkeypatch.delenv("LLMCORE_LEVELS", raising=False)
+    assert setup.chosen_levels() == setup.LEVELS
+    best = [*setup.LEVELS][-1]
+    monkeypatch.setenv("LLMCORE_LEVELS", best)
+    assert list(setup.chosen_levels()) == list(dict.fromkeys(["portable", best]))
+    monkeypatch.setenv("LLMCORE_LEVELS", f"{best},avx1024")
+    with pytest.raises(SystemExit, match="avx1024 is none of portable"):
+        setup.chosen_levels()
+
+
 def test_install_fails_when_kernels_are_required(source: Path, python: str) -> None:
-    environment = clean_environment(CXX="false", LLMCORE_REQUIRE_NATIVE="1")
+    broken = environment(CXX="false", LLMCORE_REQUIRE_NATIVE="1")
     install = [python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", str(source)]
-    done = subprocess.run(install, capture_output=True, text=True, env=environment)
+    done = subprocess.run(install, capture_output=True, text=True, env=broken)
     assert done.returncode != 0
     assert "native kernels are required" in done.stdout + done.stderr
 
@@ -198,17 +178,4 @@ def test_install_one_openmp_runtime() -> None:
     )
     if not Path("/proc/self/maps").exists():
         pytest.skip("no /proc on this system")
-    assert int(run([sys.executable, "-c", code], env=clean_environment(PYTHONPATH=str(ROOT)))) <= 1
-
-
-def test_install_no_instruction_leaks(unpacked: Path, wheel: Path) -> None:
-    """A level's objects share no inline function with another's: the linker would keep any one."""
-    if shutil.which("nm") is None or not HAS_COMPILER:
-        pytest.skip("needs a compiler and nm")
-    objects = [
-        o for o in unpacked.glob("build/native-*/*.o") if o.name.startswith(("portable", "avx"))
-    ]
-    assert objects
-    for path in objects:
-        weak = [x for x in run(["nm", str(path)]).splitlines() if x.split()[-2] in ("W", "V", "u")]
-        assert not weak, f"{path.name}: {weak}"
+    assert int(run([sys.executable, "-c", code], env=environment(PYTHONPATH=str(ROOT)))) <= 1

@@ -1,5 +1,6 @@
 """What the compiler made of the kernels, read from the built library by objdump: registers of 512
-bits in the levels that may use them and nowhere else, and sums that stay in registers.
+bits in the levels that may use them and nowhere else, and sums that stay in registers; by nm, that
+no function is of two levels.
 
 A loop is a jump backwards inside a function, an inner loop one that holds no other. A sum spills
 when an inner loop of multiply-adds takes it from the stack and puts it back in every round.
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import setup_script
 
 from llmcore import native
 
 OBJDUMP = shutil.which("objdump")
+NM = shutil.which("nm")
 COMPILER = shutil.which("g++")
 
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
@@ -159,6 +162,29 @@ def test_machine_code_sums_stay_in_registers(level: str) -> None:
     assert sum(is_product(loop) for f in mine for loop in inner_loops(f)) > 50
     found = spilling(mine)
     assert not found, "\n".join(f"{count} sums spill in {name}" for name, count in found.items())
+
+
+def test_machine_code_levels_share_no_function() -> None:
+    """An inline function outside of a level's namespace would be in the objects of all levels, and
+    the linker would keep any one: with instructions that this machine may not have."""
+    if NM is None:
+        pytest.skip("nm is not on this machine")
+    for name, path in setup_script.built_objects().items():
+        weak = weak_symbols(path)
+        assert not weak, f"{name}: {weak}"
+
+
+def weak_symbols(path: Path) -> list[str]:
+    listing = subprocess.run([str(NM), str(path)], check=True, capture_output=True, text=True)
+    return [line for line in listing.stdout.splitlines() if line.split()[-2] in ("W", "V", "u")]
+
+
+@pytest.mark.skipif(COMPILER is None or NM is None, reason="g++ or nm is not here")
+def test_machine_code_finds_a_shared_function(tmp_path: Path) -> None:
+    source, target = tmp_path / "planted.cpp", tmp_path / "planted.o"
+    source.write_text("inline int shared(int x) { return x; } int (*of_level)(int) = &shared;")
+    subprocess.run([str(COMPILER), "-c", str(source), "-o", str(target)], check=True)
+    assert len(weak_symbols(target)) == 1
 
 
 PLANTED = """

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,11 @@ import setup_script
 from sanitizer_build import COMPILER, ROOT, best_level, build, levels
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not on this machine")
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-8000:]
 
 
 def run_clean(program: Path, must_run: str = "portable", **variables: str) -> None:
@@ -34,12 +38,12 @@ def test_kernels_address_undefined(sanitized_program: Path) -> None:
 @pytest.mark.slow
 def test_kernels_address_undefined_other_levels(tmp_path: Path) -> None:
     others = [level for level in levels() if level != best_level()]
-    run_clean(build(tmp_path, "address,undefined", others), others[-1])
+    run_clean(build(tmp_path, "address,undefined", others, run), others[-1])
 
 
 @pytest.mark.slow
 def test_kernels_thread(tmp_path: Path) -> None:
-    run_clean(build(tmp_path, "thread", levels()))
+    run_clean(build(tmp_path, "thread", levels(), run))
 
 
 def test_sanitizer_finds_a_planted_fault(tmp_path: Path) -> None:
@@ -54,27 +58,15 @@ def test_sanitizer_finds_a_planted_fault(tmp_path: Path) -> None:
     assert "heap-buffer-overflow" in done.stderr
 
 
-def built_objects() -> list[Path]:
-    """The kernels as they are in the library: optimised, by setup.py's own build."""
-    setup = setup_script.load()
-    folder = ROOT / "build" / f"native-{sysconfig.get_platform()}"
-    names = [
-        f"{level}_{source.stem}" for level in setup.LEVELS for source in setup.kernel_sources()
-    ]
-    found = [folder / f"{name}.o" for name in ("levels", *names)]
-    missing = [path.name for path in found if not path.is_file()]
-    if missing:
-        pytest.skip(f"not built in this checkout: {missing[0]} and {len(missing) - 1} more")
-    return found
-
-
 @pytest.fixture(scope="module")
 def guarded_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program exercise on the library's own kernels, its arrays between guard pages."""
     program = tmp_path_factory.mktemp("guard") / "exercise"
     sources = [ROOT / "tests/native" / name for name in ("exercise.cpp", "guard_pages.cpp")]
-    command = [COMPILER, "-std=c++17", "-O1", "-Wno-psabi", *sources, *built_objects(), "-pthread"]
-    subprocess.run([*map(str, command), "-o", str(program)], check=True)
+    kernels = setup_script.built_objects()
+    levels = next(iter(kernels.values())).with_name("levels.o")
+    command = [COMPILER, "-std=c++17", "-O1", "-Wno-psabi", *sources, levels, *kernels.values()]
+    subprocess.run([*map(str, command), "-pthread", "-o", str(program)], check=True)
     return program
 
 

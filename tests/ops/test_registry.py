@@ -245,12 +245,31 @@ def test_registry_leaves_its_inputs_untouched(name: str) -> None:
             torch.testing.assert_close(now, was, rtol=0, atol=0, equal_nan=True)
 
 
+def dtypes_in_turn(backend: str) -> tuple[torch.dtype, ...]:
+    """Of the default run: all for the best level here, one for each of the others, which are the
+    same body."""
+    if backend == f"cpu_{device.best_cpu_level()}":
+        return native.DTYPES
+    return (native.DTYPES[LEVELS.index(backend) % len(native.DTYPES)],)
+
+
 @pytest.mark.parametrize("backend", LEVELS)
 @pytest.mark.parametrize("name", OPS)
 def test_registry_same_bits_on_any_thread_count(name: str, backend: str) -> None:
+    hold_to_the_same_bits(name, backend, dtypes_in_turn(backend))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", LEVELS)
+@pytest.mark.parametrize("name", OPS)
+def test_registry_same_bits_on_any_thread_count_in_every_dtype(name: str, backend: str) -> None:
+    hold_to_the_same_bits(name, backend, native.DTYPES)
+
+
+def hold_to_the_same_bits(name: str, backend: str, dtypes: tuple[torch.dtype, ...]) -> None:
     op = REGISTRY[name]
     skip_unless_it_runs(op, backend)
-    for dtype in native.DTYPES:
+    for dtype in dtypes:
         for sample in samples_that_run(op, backend, 0, dtype):
             results = []
             for threads in (2, 2, 1):
