@@ -175,6 +175,8 @@ REASONS = {
     ): "one exponential for 4 D operations, as H100 has them",
     ("bound", "attention_backward D=128 small"): "for GPUs of little shared memory: 16 keys "
     "a warp, so that an ldmatrix feeds 2 products",
+    ("local", "attention_backward D=64"): "sm_90: addresses for which dk, dv and scores leave no "
+    "register, 4 of them in a turn without masks",
     (
         "narrow",
         "attention_backward_kernel",
