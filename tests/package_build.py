@@ -35,8 +35,8 @@ class Package(NamedTuple):
 
 def environment(**extra: str) -> dict[str, str]:
     """The process's own, without what steers llmcore. One level is built and not optimised: of the
-    same sources as all, which would take the compiler minutes."""
-    dropped = ("PYTHONPATH", "LLMCORE_BACKEND", "LLMCORE_REQUIRE_NATIVE")
+    same sources as all, which would take the compiler minutes, and whose warnings they show."""
+    dropped = ("PYTHONPATH", "LLMCORE_BACKEND", "LLMCORE_REQUIRE_NATIVE", "LLMCORE_WERROR")
     kept = {k: v for k, v in os.environ.items() if k not in dropped}
     quick = f'exec {os.environ.get("CXX", "g++")} "$@" -O0'
     return {
