@@ -35,10 +35,6 @@ CTRANSLATE2_WIDTHS = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
 GENAI_WIDTHS = {"fp32": "fp32", "int4": "int4"}
 """onnxruntime-genai's for CPUs."""
 
-REST = 0.02
-"""Seconds after a turn: GNU's OpenMP, which llama.cpp and CTranslate2 use, spins for some
-milliseconds."""
-
 
 def write_gguf(model: Decoder, path: Path) -> None:
     """The model's float32 weights, without a vocabulary: it is fed with ids."""
@@ -96,7 +92,7 @@ def gguf_file(model: Decoder, folder: Path, format: str) -> Path:
 class LlamaCpp(Stepping):
     """llama.cpp through llama-cpp-python, by its C interface: nothing of Python in a pass."""
 
-    side, rest = LLAMA_CPP, REST
+    side = LLAMA_CPP
 
     def __init__(self, model: Decoder, folder: Path, format: str) -> None:
         import llama_cpp
@@ -164,7 +160,7 @@ class LlamaCpp(Stepping):
 class CTranslate2(Engine):
     """CTranslate2's Generator, timed from token to token: it has no passes to be called."""
 
-    side, rest = OTHERS, REST
+    side = OTHERS
 
     def __init__(self, stock_folder: Path, folder: Path, format: str) -> None:
         import ctranslate2
@@ -212,7 +208,7 @@ class CTranslate2(Engine):
 class OnnxRuntimeGenAI(Stepping):
     """onnxruntime-genai, one sequence, on what its own builder makes of a Hugging Face folder."""
 
-    side, rest = OTHERS, REST
+    side = OTHERS
 
     def __init__(self, stock_folder: Path, folder: Path, format: str) -> None:
         import onnxruntime_genai

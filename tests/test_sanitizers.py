@@ -61,7 +61,7 @@ def built_objects() -> list[Path]:
     names = [
         f"{level}_{source.stem}" for level in setup.LEVELS for source in setup.kernel_sources()
     ]
-    found = [folder / f"{name}.o" for name in ("levels", *names)]
+    found = [folder / f"{name}.o" for name in ("levels", "team", *names)]
     missing = [path.name for path in found if not path.is_file()]
     if missing:
         pytest.skip(f"not built in this checkout: {missing[0]} and {len(missing) - 1} more")
