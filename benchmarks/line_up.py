@@ -98,7 +98,7 @@ def make_hugging_face(shape: str, width: str, compiled: bool) -> Engine:
 
 
 def make_llama_cpp(shape: str, folder: Path, format: str) -> Engine:
-    return other_engines.LlamaCpp(model_of(shape)[0], folder, format)
+    return other_engines.LlamaCpp(lambda: model_of(shape)[0], folder, format)
 
 
 def ours_in(shape: str) -> list[Entry]:

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +65,18 @@ def write_gguf(model: Decoder, path: Path) -> None:
     writer.close()
 
 
-def gguf_file(model: Decoder, folder: Path, format: str) -> Path:
-    """The model in one of GGUF_WIDTHS, in this folder; quantised by llama.cpp itself."""
+def gguf_file(load: Callable[[], Decoder], folder: Path, format: str) -> Path:
+    """A model in one of GGUF_WIDTHS, in this folder; quantised by llama.cpp itself."""
     path = folder / f"{format}.gguf"
     if path.exists():
         return path
     if format == "F32":
         with whole(path) as part:
-            write_gguf(model, part)
+            write_gguf(load(), part)
         return path
     import llama_cpp
 
-    source = gguf_file(model, folder, "F32")
+    source = gguf_file(load, folder, "F32")
     name = f"LLAMA_FTYPE_MOSTLY_{format}"
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, name)
@@ -94,18 +95,19 @@ class LlamaCpp(Stepping):
 
     side = LLAMA_CPP
 
-    def __init__(self, model: Decoder, folder: Path, format: str) -> None:
+    def __init__(self, load: Callable[[], Decoder], folder: Path, format: str) -> None:
         import llama_cpp
 
         logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
         self.library: Any = llama_cpp
         self.name, self.width = f"llama.cpp {format}", GGUF_WIDTHS[format]
-        self.vocabulary = model.config.vocab_size
-        path = gguf_file(model, folder, format)
+        path = gguf_file(load, folder, format)
         parameters = llama_cpp.llama_model_default_params()
         self.model: Any = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self.model:
             raise RuntimeError(f"llama.cpp could not load {path}")
+        vocabulary = llama_cpp.llama_model_get_vocab(self.model)
+        self.vocabulary = llama_cpp.llama_vocab_n_tokens(vocabulary)
         self.context: Any = None
         self.position = 0
 
