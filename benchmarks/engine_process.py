@@ -26,7 +26,7 @@ from .engines import Engine, Job
 REST = 0.02
 """Seconds after a turn: threads spin for some milliseconds behind their work."""
 
-DISTURBED, TRIES = 0.02, 4
+DISTURBED, TRIES = 0.05, 3
 """The share of a turn for which threads may have waited for a core before the turn is repeated, and
 how often it is taken at most; the least disturbed one counts."""
 
