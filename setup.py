@@ -213,6 +213,7 @@ class NinjaBuild(build_ext):
         compile_to("scratch_pool", csrc / "scratch_pool.cpp", [])
         compile_to("exchange", csrc / "exchange.cpp", [])
         compile_to("huge_pages", csrc / "huge_pages.cpp", [])
+        compile_to("team", csrc / "team.cpp", [])
         compile_to("module", csrc / "module.cpp", [*binding, *reason])
         compile_to("decoder_plan", csrc / "decoder_plan.cpp", binding)
         for source in sorted((csrc / "register").glob("*.cpp")):

@@ -2,20 +2,17 @@
 
 Decoding for one sequence after a short and after a long context, for eight at once, and reading a
 prompt; llmcore in every width of weights, the others in those that they have. Everybody takes turns
-in one process, on the same ids, round by round, and so does the probe of the read bandwidth.
+on the same ids, round by round, each in a process of its own (engine_process.py), and so does the
+probe of the read bandwidth in this one.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
 import dataclasses
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +20,12 @@ import torch
 from torch import Tensor
 
 from llmcore import native
-from llmcore.generate import generate
-from llmcore.models import Decoder, TransformerConfig
-from llmcore.models.convert import to_transformers
-from llmcore.models.files import load
-from llmcore.models.packed import pack_weights
-from llmcore.storage import cache_folder, whole
 
-from . import contest, engines, machine, other_engines, plot, roofline, timing
-from .contest import QUIET, rested
-from .engines import HUGGING_FACE, LLAMA_CPP, OURS, WIDTHS, Engine, Job, Llmcore
+from . import contest, engines, line_up, machine, plot, roofline, timing
+from .contest import QUIET
+from .engine_process import Hosted, reason
+from .engines import HUGGING_FACE, LLAMA_CPP, OURS, Engine, Job
 from .report import JsonFile
-
-SMOLLM2, HALF_BILLION = "smollm2", "0.5b"
-SHAPES = (SMOLLM2, HALF_BILLION)
-"""What can be run: SmolLM2-135M, or a random Llama of half a billion weights."""
-
-HALF_BILLION_CONFIG = TransformerConfig(
-    vocab_size=151936,
-    width=896,
-    layers=24,
-    heads=14,
-    kv_heads=2,
-    head_width=64,
-    feed_forward=4864,
-    context_length=2048,
-)
 
 AFTER_32 = Job("decode after 32", 1, 32, 1, 16)
 AFTER_1024 = Job("decode after 1024", 1, 1024, 1, 16)
@@ -210,67 +187,6 @@ class Line:
         }
 
 
-def ours_in(model: Decoder) -> Iterator[Llmcore]:
-    """The model in every width."""
-    yield Llmcore(model, "fp32")
-    for width in WIDTHS[1:]:
-        packed = copy.deepcopy(model)
-        pack_weights(packed, width)
-        yield Llmcore(packed, width)
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Someone who may take part; `make` fails where a library is missing."""
-
-    name: str
-    side: str
-    width: str
-    make: Callable[[], Engine]
-
-
-def peers_of(model: Decoder, folder: Path, stock_folder: Path | None, compiles: bool) -> list[Peer]:
-    """All peers; some convert a folder with a tokenizer, where there is one."""
-
-    def hugging_face(dtype: torch.dtype, width: str, compiled: bool) -> Engine:
-        stock = to_transformers(model).to(dtype)
-        return engines.HuggingFace(stock, width, compiled=compiled)
-
-    found = [
-        Peer(f"HF eager {width}", HUGGING_FACE, width, partial(hugging_face, dtype, width, False))
-        for dtype, width in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))
-    ]
-    if compiles:
-        make = partial(hugging_face, torch.float32, "fp32", True)
-        found.append(Peer("HF compiled, static cache fp32", HUGGING_FACE, "fp32", make))
-    for format, width in other_engines.GGUF_WIDTHS.items():
-        llama = partial(other_engines.LlamaCpp, model, folder, format)
-        found.append(Peer(f"llama.cpp {format}", LLAMA_CPP, width, llama))
-    if stock_folder is not None:
-        for format, width in other_engines.CTRANSLATE2_WIDTHS.items():
-            translate = partial(other_engines.CTranslate2, stock_folder, folder, format)
-            found.append(Peer(f"CTranslate2 {format}", engines.OTHERS, width, translate))
-        for format, width in other_engines.GENAI_WIDTHS.items():
-            onnx = partial(other_engines.OnnxRuntimeGenAI, stock_folder, folder, format)
-            found.append(Peer(f"onnxruntime-genai {format}", engines.OTHERS, width, onnx))
-    return found
-
-
-def line_up(peers: Sequence[Peer]) -> tuple[list[Engine], dict[str, str]]:
-    """Who could be made, and why the others could not."""
-    made, missing = [], dict(other_engines.ABSENT)
-    for peer in peers:
-        try:
-            made.append(peer.make())
-        except Exception as error:  # the run says it and goes on
-            missing[peer.name] = reason(error)
-    return made, missing
-
-
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
 def likeness(a: Tensor, b: Tensor) -> float:
     """The correlation of two sets of logits."""
     return float(torch.corrcoef(torch.stack((a.flatten().double(), b.flatten().double())))[0, 1])
@@ -284,9 +200,8 @@ def hold(job: Job, line: Sequence[Engine], vocabulary: int, rounds: Rounds) -> O
     for engine in line:
         speed = Speed(engine.name, engine.side, engine.width)
         try:
-            with rested(engine.rest):
-                logits = engine.prepare(job, ids)
-                engine.seconds()  # warm
+            logits = engine.prepare(job, ids)
+            engine.seconds()  # warm
         except Exception as error:
             speeds.append(dataclasses.replace(speed, why_not=reason(error)))
             engine.close()
@@ -321,9 +236,7 @@ def timed(
         ):
             for i in timing.turns(len(ready) + 1, number):
                 if i < len(ready):
-                    engine = ready[i][1]
-                    with rested(engine.rest):
-                        seconds[i].append(engine.seconds())
+                    seconds[i].append(ready[i][1].seconds())
                 elif read is not None:
                     reads += [clocked(read.call) for _ in range(READS)]
             number += 1
@@ -349,7 +262,7 @@ def clocked(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def lines_of(outcome: Outcome, ours: Sequence[Llmcore]) -> list[Line]:
+def lines_of(outcome: Outcome, ours: Sequence[Any]) -> list[Line]:
     """A line for each of our widths; its share is of the reads, of prefill of the arithmetic."""
     found = []
     speeds = {speed.name: speed for speed in outcome.speeds}
@@ -374,22 +287,6 @@ class Outside:
     @property
     def share(self) -> float:
         return self.outside / self.step
-
-
-def outside_of(engine: Llmcore, tokens: int = 48, rounds: int = 5) -> Outside:
-    """Medians of some calls of generate, greedy, after 32 tokens; reading these counts as a step.
-
-    What the native call does besides its kernels is not in it.
-    """
-    ids = AFTER_32.ids(engine.model.config.vocab_size)[:, : AFTER_32.context]
-    steps, outsides = [], []
-    for _ in range(rounds + 1):
-        with engines.native_seconds() as calls:
-            seconds = clocked(partial(generate, engine.model, ids, max_new_tokens=tokens, stop=()))
-        outside = (seconds - sum(calls)) / len(calls)
-        steps.append((seconds - calls[0]) / (len(calls) - 1))
-        outsides.append(outside)
-    return Outside(engine.width, *(timing.quantile(s[1:], 0.5) for s in (steps, outsides)))
 
 
 TITLE = (
@@ -435,37 +332,6 @@ def outside_text(found: Outside) -> str:
     )
 
 
-def model_of(shape: str) -> tuple[Decoder, Any]:
-    """The model in float32, and its tokenizer if it has one."""
-    if shape == SMOLLM2:
-        return load("smollm2")
-    torch.manual_seed(0)
-    return Decoder(HALF_BILLION_CONFIG).eval(), None
-
-
-@contextlib.contextmanager
-def place_for(shape: str) -> Iterator[Path]:
-    """Where peers' files go: SmolLM2's are kept, those of random weights are not."""
-    if shape == SMOLLM2:
-        yield cache_folder() / "bench-smollm2"
-        return
-    with tempfile.TemporaryDirectory(prefix="llmcore-bench-") as folder:
-        yield Path(folder)
-
-
-def stock_folder(model: Decoder, tokenizer: Any, folder: Path) -> Path | None:
-    """The model as a Hugging Face folder with its tokenizer; None where that cannot be."""
-    if tokenizer is None:
-        return None
-    path = folder / "transformers"
-    with contextlib.suppress(ImportError):
-        if not path.exists():
-            with whole(path) as part:
-                to_transformers(model).save_pretrained(part)
-                tokenizer.save(part)
-    return path if path.exists() else None
-
-
 @dataclass
 class Found(JsonFile):
     """Everything that one run measured."""
@@ -491,23 +357,26 @@ class Found(JsonFile):
 
 def measure(found: Found, shape: str, rounds: Rounds, compiles: bool) -> None:
     """Fills `found`, printing as it goes."""
-    model, tokenizer = model_of(shape)
-    ours = list(ours_in(model))
-    with place_for(shape) as folder:
-        peers = peers_of(model, folder, stock_folder(model, tokenizer, folder), compiles)
-        others, found.missing = line_up(peers)
+    model, tokenizer = line_up.model_of(shape)
+    with line_up.place_for(shape) as folder:
+        stock = line_up.stock_folder(model, tokenizer, folder)
+        entries = [*line_up.ours_in(shape), *line_up.peers_of(shape, folder, stock, compiles)]
+        line, found.missing = line_up.line_up(entries, Hosted)
+        ours: list[Any] = [engine for engine in line if engine.side == OURS]
         for name, why in found.missing.items():
             print(f"    {name} takes no part: {why}", flush=True)
         for job in JOBS:
-            outcome = hold(job, [*ours, *others], model.config.vocab_size, rounds)
+            outcome = hold(job, line, model.config.vocab_size, rounds)
             found.outcomes.append(outcome)
             found.lines += lines_of(outcome, ours)
             print("", *everybody(outcome), sep="\n", flush=True)
-    if native.module is not None:
-        print("\nA token of llmcore.generate, after 32", flush=True)
-        for engine in ours:
-            found.outside.append(outside_of(engine))
-            print(outside_text(found.outside[-1]), flush=True)
+        if native.module is not None:
+            print("\nA token of llmcore.generate, after 32", flush=True)
+            for engine in ours:
+                found.outside.append(Outside(engine.width, *engine.outside()))
+                print(outside_text(found.outside[-1]), flush=True)
+        for engine in line:
+            engine.end()
 
 
 def run(args: argparse.Namespace, threads: int) -> int:

@@ -17,6 +17,7 @@ from . import (
     bench_generate,
     bench_step,
     gpu,
+    line_up,
     machine,
     overhead,
     plot,
@@ -74,8 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shape",
-        choices=bench_generate.SHAPES,
-        default=bench_generate.SMOLLM2,
+        choices=line_up.SHAPES,
+        default=line_up.SMOLLM2,
         help="of generate: SmolLM2-135M, or a random Llama of half a billion weights",
     )
     parser.add_argument(

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from llmcore import native
+from llmcore.generate import generate
 from llmcore.models import Decoder, KVCache
 from llmcore.swap.decoder_trace import cache_argument
+
+from . import timing
 
 OURS, HUGGING_FACE, LLAMA_CPP, OTHERS = "llmcore", "Hugging Face", "llama.cpp", "other library"
 """Whose an engine is."""
@@ -57,12 +60,11 @@ class Job:
 
 
 class Engine(ABC):
-    """A model in one library and one width; after a turn its threads sleep in `rest` seconds."""
+    """A model in one library and one width."""
 
     name: str
     side: str
     width: str
-    rest: float = 0.0
 
     @abstractmethod
     def prepare(self, job: Job, ids: Tensor) -> Tensor | None:
@@ -74,6 +76,9 @@ class Engine(ABC):
 
     def close(self) -> None:  # noqa: B027  (most have nothing to give back)
         """Give back what the job needed."""
+
+    def end(self) -> None:  # noqa: B027
+        """Nobody asks any more."""
 
 
 class Stepping(Engine):
@@ -154,6 +159,23 @@ class Llmcore(Stepping):
         head = sizes.pop("head", 0)
         embedding = sizes.pop("embedding")
         return 2 * job.batch * (job.new * sum(sizes.values()) + (head or embedding))
+
+    def outside(self, tokens: int = 48, rounds: int = 5) -> tuple[float, float]:
+        """Seconds of a token of llmcore.generate, and what of them is not the native call.
+
+        Medians of some greedy calls after 32 tokens; reading these counts as a step. What the
+        native call does besides its kernels is not in it.
+        """
+        ids = Job("", 1, 31, 1, 1).ids(self.model.config.vocab_size)
+        steps, outsides = [], []
+        for _ in range(rounds + 1):
+            with native_seconds() as calls:
+                start = time.perf_counter()
+                generate(self.model, ids, max_new_tokens=tokens, stop=())
+                seconds = time.perf_counter() - start
+            outsides.append((seconds - sum(calls)) / len(calls))
+            steps.append((seconds - calls[0]) / (len(calls) - 1))
+        return timing.quantile(steps[1:], 0.5), timing.quantile(outsides[1:], 0.5)
 
 
 def matrix_shapes(model: Decoder) -> dict[str, tuple[int, int]]:

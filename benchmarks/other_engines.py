@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,6 @@ CTRANSLATE2_WIDTHS = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
 
 GENAI_WIDTHS = {"fp32": "fp32", "int4": "int4"}
 """onnxruntime-genai's for CPUs."""
-
-REST = 0.02
-"""Seconds after a turn: GNU's OpenMP, which llama.cpp and CTranslate2 use, spins for some
-milliseconds."""
 
 
 def write_gguf(model: Decoder, path: Path) -> None:
@@ -68,18 +65,18 @@ def write_gguf(model: Decoder, path: Path) -> None:
     writer.close()
 
 
-def gguf_file(model: Decoder, folder: Path, format: str) -> Path:
-    """The model in one of GGUF_WIDTHS, in this folder; quantised by llama.cpp itself."""
+def gguf_file(load: Callable[[], Decoder], folder: Path, format: str) -> Path:
+    """A model in one of GGUF_WIDTHS, in this folder; quantised by llama.cpp itself."""
     path = folder / f"{format}.gguf"
     if path.exists():
         return path
     if format == "F32":
         with whole(path) as part:
-            write_gguf(model, part)
+            write_gguf(load(), part)
         return path
     import llama_cpp
 
-    source = gguf_file(model, folder, "F32")
+    source = gguf_file(load, folder, "F32")
     name = f"LLAMA_FTYPE_MOSTLY_{format}"
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, name)
@@ -96,20 +93,21 @@ def gguf_file(model: Decoder, folder: Path, format: str) -> Path:
 class LlamaCpp(Stepping):
     """llama.cpp through llama-cpp-python, by its C interface: nothing of Python in a pass."""
 
-    side, rest = LLAMA_CPP, REST
+    side = LLAMA_CPP
 
-    def __init__(self, model: Decoder, folder: Path, format: str) -> None:
+    def __init__(self, load: Callable[[], Decoder], folder: Path, format: str) -> None:
         import llama_cpp
 
         logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
         self.library: Any = llama_cpp
         self.name, self.width = f"llama.cpp {format}", GGUF_WIDTHS[format]
-        self.vocabulary = model.config.vocab_size
-        path = gguf_file(model, folder, format)
+        path = gguf_file(load, folder, format)
         parameters = llama_cpp.llama_model_default_params()
         self.model: Any = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self.model:
             raise RuntimeError(f"llama.cpp could not load {path}")
+        vocabulary = llama_cpp.llama_model_get_vocab(self.model)
+        self.vocabulary = llama_cpp.llama_vocab_n_tokens(vocabulary)
         self.context: Any = None
         self.position = 0
 
@@ -164,7 +162,7 @@ class LlamaCpp(Stepping):
 class CTranslate2(Engine):
     """CTranslate2's Generator, timed from token to token: it has no passes to be called."""
 
-    side, rest = OTHERS, REST
+    side = OTHERS
 
     def __init__(self, stock_folder: Path, folder: Path, format: str) -> None:
         import ctranslate2
@@ -212,7 +210,7 @@ class CTranslate2(Engine):
 class OnnxRuntimeGenAI(Stepping):
     """onnxruntime-genai, one sequence, on what its own builder makes of a Hugging Face folder."""
 
-    side, rest = OTHERS, REST
+    side = OTHERS
 
     def __init__(self, stock_folder: Path, folder: Path, format: str) -> None:
         import onnxruntime_genai

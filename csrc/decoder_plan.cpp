@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "levels.h"
+#include "team.h"
 
 namespace py = pybind11;
 
@@ -57,10 +58,18 @@ class DecoderPlan {
     pass.cache.keys = keys.data(), pass.cache.values = values.data();
     pass.cache.key_scales = key_scales.data(), pass.cache.value_scales = value_scales.data();
     const py::gil_scoped_release others_may_run;
-    if (!kernels_->decoder_forward(pass)) throw std::bad_alloc();
+    Call call{kernels_, pass, false};
+    as_team(runtime.parallel_for, runtime.threads(), [](void* context) { static_cast<Call*>(context)->run(); }, &call);
+    if (!call.ok) throw std::bad_alloc();
   }
 
  private:
+  struct Call {
+    const Kernels* kernels;
+    const DecoderForward& pass;
+    bool ok;
+    void run() { ok = kernels->decoder_forward(pass); }
+  };
   const Kernels* kernels_;
   std::vector<DecoderLayer> layers_;
   DecoderWeights weights_;

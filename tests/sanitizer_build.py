@@ -29,6 +29,7 @@ def build(
     compiler += [f"-DLLMCORE_LEVELS(X)={' '.join(f'X({level})' for level in levels)}"]
     jobs = [
         (ROOT / "csrc" / "levels.cpp", "levels", []),
+        (ROOT / "csrc" / "team.cpp", "team", []),
         (ROOT / "tests/native/exercise.cpp", "exercise", []),
     ]
     for level in levels:

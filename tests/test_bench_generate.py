@@ -11,7 +11,7 @@ import torch
 from bench_cases import needs_native
 
 from llmcore import cli
-from llmcore.benchmarks import bench_generate, engines
+from llmcore.benchmarks import bench_generate, engine_process, engines, line_up
 from llmcore.models import Decoder, TransformerConfig
 
 CONFIG = TransformerConfig(
@@ -83,15 +83,14 @@ def test_bench_generate_command(
     def missing() -> engines.Engine:
         raise ImportError("no such library")
 
-    peer = bench_generate.Peer("nobody", engines.OTHERS, "fp32", missing)
-    monkeypatch.setattr(bench_generate, "model_of", lambda shape: (tiny(), None))
-    monkeypatch.setattr(bench_generate, "peers_of", lambda *args: [peer])
+    peer = line_up.Entry("nobody", engines.OTHERS, "fp32", missing)
+    monkeypatch.setattr(line_up, "model_of", lambda shape: (tiny(), None))
+    monkeypatch.setattr(line_up, "peers_of", lambda *args: [peer])
+    monkeypatch.setattr(bench_generate, "Hosted", lambda make: make())
     monkeypatch.setattr(bench_generate, "JOBS", (DECODE, PREFILL))
     monkeypatch.setattr(bench_generate, "QUICK", bench_generate.Rounds(0.0, 1, 1))
     monkeypatch.setattr(bench_generate, "READ_BYTES", 1 << 16)
-    monkeypatch.setattr(
-        bench_generate, "outside_of", lambda engine: bench_generate.Outside("fp32", 1.0, 0.2)
-    )
+    monkeypatch.setattr(engines.Llmcore, "outside", lambda engine: (1.0, 0.2))
     path = tmp_path / "found.json"
     command = ["bench", "generate", "--quick", "--shape", "0.5b", "--json", str(path)]
     assert cli.main(command) == 0
@@ -105,8 +104,42 @@ def test_bench_generate_command(
 
 @needs_native
 def test_bench_generate_sees_the_native_calls() -> None:
-    found = bench_generate.outside_of(engines.Llmcore(tiny(), "fp32"), tokens=4, rounds=1)
-    assert 0 < found.outside < found.step
+    step, outside = engines.Llmcore(tiny(), "fp32").outside(tokens=4, rounds=1)
+    assert 0 < outside < step
+
+
+def make_tiny() -> engines.Engine:
+    return engines.Llmcore(tiny(), "fp32")
+
+
+def make_nothing() -> engines.Engine:
+    raise ImportError("no such library")
+
+
+def test_bench_generate_engine_in_a_process_of_its_own() -> None:
+    with pytest.raises(engine_process.Refused, match="ImportError: no such library"):
+        engine_process.Hosted(make_nothing)
+    hosted, here = engine_process.Hosted(make_tiny), engines.Llmcore(tiny(), "fp32")
+    ids = DECODE.ids(64)
+    with torch.no_grad():
+        gold, logits = here.prepare(DECODE, ids), hosted.prepare(DECODE, ids)
+    assert gold is not None and logits is not None and torch.equal(gold, logits)
+    assert (hosted.name, hosted.side, hosted.width) == (here.name, here.side, here.width)
+    assert hosted.seconds() > 0 and hosted.bytes_of(DECODE) == here.bytes_of(DECODE)
+    with pytest.raises(engine_process.Refused, match="AttributeError"):
+        hosted.ask("nothing")
+    hosted.close()
+    hosted.end()
+    assert hosted.process.exitcode == 0
+
+
+def test_bench_generate_repeats_a_disturbed_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosted = object.__new__(engine_process.Hosted)
+    turns = iter([(0.5, 1.0), (0.1, 3.0), (0.01, 2.0), (0.0, 4.0)])
+    monkeypatch.setattr(hosted, "ask", lambda method: next(turns))
+    assert hosted.seconds() == 2.0
+    turns = iter([(0.5, 1.0), (0.1, 3.0), (0.3, 2.0), (0.0, 4.0)])
+    assert hosted.seconds() == 3.0
 
 
 @needs_native

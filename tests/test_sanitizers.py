@@ -64,8 +64,8 @@ def guarded_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("guard") / "exercise"
     sources = [ROOT / "tests/native" / name for name in ("exercise.cpp", "guard_pages.cpp")]
     kernels = setup_script.built_objects()
-    levels = next(iter(kernels.values())).with_name("levels.o")
-    command = [COMPILER, "-std=c++17", "-O1", "-Wno-psabi", *sources, levels, *kernels.values()]
+    beside = [next(iter(kernels.values())).with_name(f"{name}.o") for name in ("levels", "team")]
+    command = [COMPILER, "-std=c++17", "-O1", "-Wno-psabi", *sources, *beside, *kernels.values()]
     subprocess.run([*map(str, command), "-pthread", "-o", str(program)], check=True)
     return program
 

@@ -59,22 +59,42 @@ struct RoundedRows {
 // Below this magnitude, 2^-100, a group counts as zeros: 127 over it must be finite.
 constexpr float SMALLEST = 7.88860905e-31f;
 
-struct Rounding {
-  float step, inverse;
-};
+// Lane i is the largest of rows[i]'s lanes.
+template <int HALF = LANES / 2>
+INLINE ivec max_lanes_of_each(ivec (&rows)[LANES]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < HALF; ++i) {
+    const vec a = bits_of<vec>(rows[i]), b = bits_of<vec>(rows[i + HALF]);
+    const ivec low = bits_of<ivec>(shuffle<lower_halves<HALF>>(a, b));
+    const ivec high = bits_of<ivec>(shuffle<upper_halves<HALF>>(a, b));
+    rows[i] = high > low ? high : low;
+  }
+  if constexpr (HALF > 1) return max_lanes_of_each<HALF / 2>(rows);
+  return rows[0];
+}
 
-// Of a group of x. A NaN or inf makes the step NaN.
+// The largest magnitude in each lane, of a group of x. As integers magnitudes have the same order, with inf and NaN at
+// its end.
 template <class T>
-INLINE Rounding rounding_of(const T* x, int64_t group) {
-  ivec largest{};  // as integers magnitudes have the same order, with inf and NaN at its end
+INLINE ivec magnitudes_of(const T* x, int64_t group) {
+  ivec largest{};
   for (int64_t i = 0; i < group; i += LANES) {
     const ivec magnitude = bits_of<ivec>(load(x + i)) & 0x7fffffff;
     largest = magnitude > largest ? magnitude : largest;
   }
-  const float peak = bits_of<float>(max_lanes(largest));
-  if (!(peak <= FLT_MAX)) return {NAN, 0.0f};
-  if (peak < SMALLEST) return {0.0f, 0.0f};
-  return {peak * (1.0f / 127.0f), 127.0f / peak};
+  return largest;
+}
+
+struct Rounding {
+  vec step, inverse;
+};
+
+// By the peaks of as many groups. A NaN or inf makes the step NaN.
+INLINE Rounding rounding_of(vec peak) {
+  const auto is_small = peak < broadcast(SMALLEST);
+  const auto is_finite = peak <= broadcast(FLT_MAX);
+  const vec step = is_small ? vec{} : peak * (1.0f / 127.0f), inverse = is_small ? vec{} : 127.0f / peak;
+  return {is_finite ? step : broadcast(NAN), is_finite ? inverse : vec{}};
 }
 
 // The integers of LANES values, stored four at a time `stride` bytes apart.
@@ -85,30 +105,52 @@ INLINE void store_quads(int8_t* to, int64_t stride, ivec integers) {
   }
 }
 
-// The values [begin, end) of row number r of the tile that begins at `first`; x is the whole row.
-template <class T>
-void round_row(const T* x, const RoundedRows& to, int64_t first, int64_t r, int64_t begin, int64_t end) {
-  const int64_t rows = rows_of_tile(first, to.rows), group = to.group, chunk = to.chunk;
-  int8_t* quads = to.quads + first * to.K + 4 * r;
-  const int64_t place = first * to.chunks + begin / chunk * rows + r;
-  float *steps = to.steps + place, *totals = to.totals + place;
-  int32_t* starts = to.starts + place;
-  const int32_t surplus = to.surplus;
-  for (; begin < end; begin += group) {
-    const Rounding rounding = rounding_of(x + begin, group);
-    for (int64_t k = begin; k < begin + group; k += chunk) {
-      ivec sums{};
-      for (int64_t i = k; i < k + chunk; i += LANES) {
-        const vec scaled = round(load(x + i) * rounding.inverse);
-        const ivec integers = __builtin_convertvector(scaled == scaled ? scaled : vec{}, ivec);
-        store_quads(quads + i * rows, 4 * rows, integers);
-        sums += integers;
+// The values [begin, end) of the R rows of the tile that begins at `first`; x is its first row, whole. As many groups
+// at a time as a vector has lanes, so that what is folded across lanes is folded for all of them at once.
+template <int R, class T>
+void round_tile(const T* x, const RoundedRows& to, int64_t first, int64_t begin, int64_t end) {
+  constexpr int GROUPS = LANES / R;  // of each row
+  const int64_t group = to.group, chunk = to.chunk, chunks = group / chunk;
+  const vec surplus = broadcast(float(-to.surplus));
+  int8_t* quads = to.quads + first * to.K + begin * R;
+  int64_t place = first * to.chunks + begin / chunk * R;
+  for (; begin < end; begin += GROUPS * group, quads += GROUPS * group * R, place += GROUPS * chunks * R) {
+    const int count = int((end - begin) / group < GROUPS ? (end - begin) / group : GROUPS);
+    ivec largest[LANES];
+    for (int g = 0; g < GROUPS; ++g) {
+      for (int r = 0; r < R; ++r) {
+        largest[g * R + r] = g < count ? magnitudes_of(x + r * to.K + begin + g * group, group) : ivec{};
       }
-      const int32_t sum = sum_lanes(sums);
-      *steps = rounding.step;
-      *totals = rounding.step * float(sum);
-      *starts = -surplus * sum;
-      steps += rows, totals += rows, starts += rows;
+    }
+    const Rounding rounding = rounding_of(bits_of<vec>(max_lanes_of_each(largest)));
+    alignas(64) float inverses[LANES], of_chunk[3][LANES];
+    store(inverses, rounding.inverse);
+    store(of_chunk[0], rounding.step);
+
+    for (int64_t q = 0; q < chunks; ++q) {
+      vec sums[LANES];
+      for (int g = 0; g < GROUPS; ++g) {
+        for (int r = 0; r < R; ++r) {
+          ivec sum{};
+          const int64_t k = g * group + q * chunk;
+          for (int64_t i = k; g < count && i < k + chunk; i += LANES) {
+            const vec scaled = round(load(x + r * to.K + begin + i) * inverses[g * R + r]);
+            const ivec integers = __builtin_convertvector(scaled == scaled ? scaled : vec{}, ivec);
+            store_quads(quads + i * R + 4 * r, 4 * R, integers);
+            sum += integers;
+          }
+          sums[g * R + r] = __builtin_convertvector(sum, vec);
+        }
+      }
+      const vec sum = sum_lanes_of_each(sums);  // of integers below 2^24: exact in any order
+      store(of_chunk[1], rounding.step * sum);
+      store(of_chunk[2], bits_of<vec>(__builtin_convertvector(surplus * sum, ivec)));
+      for (int g = 0; g < count; ++g) {
+        const int64_t at = place + (g * chunks + q) * R;
+        std::memcpy(to.steps + at, of_chunk[0] + g * R, R * sizeof(float));
+        std::memcpy(to.totals + at, of_chunk[1] + g * R, R * sizeof(float));
+        std::memcpy(to.starts + at, of_chunk[2] + g * R, R * sizeof(float));
+      }
     }
   }
 }
@@ -123,10 +165,14 @@ void round_rows(const T* x, const RoundedRows& to) {
       const int64_t k = piece % pieces * PIECE, k_end = to.K - k < PIECE ? to.K : k + PIECE;
       int64_t row = piece / pieces * TILE_ROWS;
       const int64_t end = to.rows - row < TILE_ROWS ? to.rows : row + TILE_ROWS;
-      for (int64_t first = row; row < end; first = row) {
-        for (const int64_t tile_end = first + rows_of_tile(first, to.rows); row < tile_end; ++row) {
-          round_row(x + row * to.K, to, first, row - first, k, k_end);
-        }
+      while (row < end) {
+        const int64_t rows = rows_of_tile(row, to.rows);
+        const T* from = x + row * to.K;
+        if (rows == TILE_ROWS) round_tile<TILE_ROWS>(from, to, row, k, k_end);
+        if (rows == 4 && TILE_ROWS > 4) round_tile<4>(from, to, row, k, k_end);
+        if (rows == 2) round_tile<2>(from, to, row, k, k_end);
+        if (rows == 1) round_tile<1>(from, to, row, k, k_end);
+        row += rows;
       }
     }
   });

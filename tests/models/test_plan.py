@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,16 @@ def huge_bytes():
     """Of this process in huge pages."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
+
+
+def test_plan_from_several_threads_at_once(tiny_decoder):
+    """Each pass has threads of its own, and those of no other."""
+    model = tiny_decoder(width=256, feed_forward=512)
+    gold, planned = passes(model)
+    assert planned
+    with ThreadPoolExecutor(3) as pool:
+        for found, _ in pool.map(lambda _: passes(model), range(12)):
+            assert all(torch.equal(a, b) for a, b in zip(found, gold, strict=True))
 
 
 def test_huge_pages_keep_contents():

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../../csrc/levels.h"
+#include "../../csrc/team.h"
 
 using namespace llmcore;
 
@@ -426,10 +427,39 @@ void exercise_cache(const Kernels& kernels, const Shape& s, KvDtype kv_dtype, bo
   require_numbers(out, out_count, "attention_forward: NaN");
 }
 
-void two_threads(int64_t count, int64_t, Runtime::Body body, void* context) {
+void two_threads(int64_t count, int64_t grain, Runtime::Body body, void* context) {
+  if (by_team(count, grain, body, context)) return;
   std::thread other([=] { body(0, count / 2, context); });
   body(count / 2, count, context);
   other.join();
+}
+
+// f() while the other thread waits for its parts.
+template <class F>
+void together(const F& f) {
+  as_team(
+      two_threads, 2, [](void* context) { (*static_cast<const F*>(context))(); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+// Parts of every length, one behind the other: each element is met once.
+void exercise_team() {
+  together([] {
+    together([] { require(team_threads() == 2, "a team in a team"); });
+    for (int64_t count = 1; count < 3000; ++count) {
+      std::vector<int> met(size_t(count), 0);
+      two_threads(
+          count, count % 7,
+          [](int64_t begin, int64_t end, void* context) {
+            std::vector<int>& met = *static_cast<std::vector<int>*>(context);
+            if (met.size() < 9) two_threads(2, 1, [](int64_t, int64_t, void*) {}, nullptr);  // parts in a part
+            for (; begin < end; ++begin) ++met[size_t(begin)];
+          },
+          &met);
+      for (const int times : met) require(times == 1, "a team's part");
+    }
+  });
+  require(team_threads() == 0, "a team's end");
 }
 
 }  // namespace
@@ -437,6 +467,7 @@ void two_threads(int64_t count, int64_t, Runtime::Body body, void* context) {
 int main() {
   runtime.parallel_for = two_threads;
   runtime.threads = [] { return int64_t{2}; };
+  exercise_team();
   for (int64_t level = 0; level < level_count(); ++level) {
     if (*level_lacks(level) != 0) {
       std::printf("%s: not run, this machine lacks%s\n", level_name(level), level_lacks(level));
@@ -486,6 +517,12 @@ int main() {
       }
       exercise_packed_sequences(kernels, dtype);
       for (const int64_t T : {1, 40}) exercise_pages(kernels, T, dtype);
+      together([&] {
+        exercise_rows(kernels, 200, 600, dtype);
+        exercise_linear(kernels, 5, 1040, 103, dtype);
+        exercise_linear_quantized(kernels, 7, 640, 32, dtype);
+        exercise_attention(kernels, {2, 4, 2, 1, 700, 16, 24}, dtype, true);
+      });
     }
     for (const KvDtype dtype : {KvDtype::bfloat16, KvDtype::int8}) {
       for (const Shape& shape : std::initializer_list<Shape>{{1, 1, 1, 1, 1, 1, 1},
