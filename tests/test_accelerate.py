@@ -315,6 +315,20 @@ def test_accelerate_packed_takes_new_weights(model, ids):
         assert torch.equal(model(ids), expected(ids))
 
 
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_accelerate_packed_sees_values_that_were_written(model, ids, weights):
+    """As merging an adapter writes them: neither a version nor an address tells."""
+    other = copy.deepcopy(model)
+    llmcore.accelerate(model, weights=weights)
+    model(ids)
+    for changed in (model, other):
+        for linear in (*changed.network.children(), changed.head):
+            linear.weight.data += 0.1 * torch.ones_like(linear.weight).tril()
+    llmcore.accelerate(other, weights=weights)
+    with torch.no_grad():
+        assert torch.equal(model(ids), other(ids))
+
+
 def test_accelerate_packed_leaves_widths_without_a_group():
     module = nn.Sequential(nn.Linear(20, 8), nn.Linear(32, 8))
     report = llmcore.accelerate(module, weights="int8")
