@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llmcore import ops
 from llmcore.ops import contract
 from llmcore.ops.packed_weight import PackedWeight, pack
-from llmcore.swap.instance import OneTensor, Swapped
+from llmcore.swap.instance import OneTensor, Swapped, has_its_parameters
 from llmcore.swap.structure import Found, agrees, draw, own_tensors, takes_one_tensor
 
 
@@ -22,7 +22,7 @@ class Linear(Swapped):
     _llmcore_sample: Tensor | None
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        if named or len(inputs) != 1:
+        if named or len(inputs) != 1 or not has_its_parameters(self):
             return super().forward(*inputs, **named)  # type: ignore[misc]
         (x,) = inputs
         parameters = self._parameters  # type: ignore[attr-defined]
@@ -45,7 +45,7 @@ class PackedColumns(OneTensor):
     _llmcore_sample: Tensor
 
     def _takes(self, x: Any) -> bool:
-        return isinstance(x, Tensor) and x.dtype in contract.FLOATS
+        return isinstance(x, Tensor) and x.dtype in contract.FLOATS and has_its_parameters(self)
 
     def _compute(self, x: Tensor) -> Tensor:
         return ops.linear(x, up_to_date(self), self._parameters.get("bias"))  # type: ignore[attr-defined]
@@ -102,7 +102,9 @@ def linear_layout(module: nn.Module) -> str | None:
     weight, bias = tensors.get("weight"), tensors.get("bias")
     if [*module.children()] or set(tensors) - {"weight", "bias"} or not takes_one_tensor(module):
         return None
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
+    if not all(isinstance(t, nn.Parameter) for t in tensors.values()):
+        return None
+    if weight is None or weight.ndim != 2:
         return None
     for layout, matrix in (("rows", weight), ("columns", weight.T)):
         if bias is not None and bias.shape != matrix.shape[:1]:
