@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import llmcore
 from llmcore.swap.instance import is_swapped
@@ -174,6 +175,38 @@ def test_accelerate_leaves_replaced_forwards_and_parametrizations_alone(model, i
     torch.testing.assert_close(model(ids), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_accelerate_before_parameters_move(weights):
+    """Pruning and weight norm put something computed in a parameter's place."""
+    changed = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 32))
+    expected, x = copy.deepcopy(changed), torch.randn(3, 32)
+    llmcore.accelerate(changed, weights=weights)
+    for model in (changed, expected):
+        prune.l1_unstructured(model[0], "weight", 0.5)
+        prune.l1_unstructured(model[1], "bias", 0.5)
+        prune.l1_unstructured(model[1], "weight", 0.5)
+        nn.utils.parametrizations.weight_norm(model[3])
+    for model in (changed, expected):
+        model[1].weight_mask[::2] = 0
+    torch.testing.assert_close(changed(x), expected(x))
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_accelerate_leaves_a_weight_that_is_no_parameter(weights):
+    class Fixed(nn.Module):
+        def __init__(self, rows):
+            super().__init__()
+            self.register_buffer("weight", torch.randn(32, 48))
+            self.rows = rows
+
+        def forward(self, x):
+            return x @ (self.weight.T if self.rows else self.weight)
+
+    for rows in (True, False):
+        report = llmcore.accelerate(Fixed(rows), weights=weights)
+        assert not report.swapped and report.left[0].kind == "Fixed"
+
+
 def test_accelerate_keeps_frozen_and_tied(model, ids):
     model.network.first.weight.requires_grad_(False)
     parameters = list(model.parameters())
@@ -313,6 +346,21 @@ def test_accelerate_packed_takes_new_weights(model, ids):
     model.load_state_dict(other.state_dict())
     with torch.no_grad():
         assert torch.equal(model(ids), expected(ids))
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_accelerate_packed_sees_values_that_were_written(model, ids, weights):
+    """As merging an adapter writes them: neither a version nor an address tells."""
+    other = copy.deepcopy(model)
+    llmcore.accelerate(model, weights=weights)
+    model(ids)
+    for changed in (model, other):
+        network = changed.network
+        for linear in (network.first, network.second, network.last, changed.head):
+            linear.weight.data += 0.1 * torch.ones_like(linear.weight).tril()
+    llmcore.accelerate(other, weights=weights)
+    with torch.no_grad():
+        assert torch.equal(model(ids), other(ids))
 
 
 def test_accelerate_packed_leaves_widths_without_a_group():

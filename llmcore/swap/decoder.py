@@ -28,6 +28,7 @@ from llmcore.swap.decoder_plan import SharedPlan
 from llmcore.swap.decoder_trace import Unfit, cache_argument, traced
 from llmcore.swap.decoder_weights import shared_decoder, way_back
 from llmcore.swap.instance import Swapped, has_hooks
+from llmcore.swap.linears import up_to_date
 from llmcore.swap.loss import argument_names
 from llmcore.swap.structure import difference, largest
 
@@ -60,7 +61,13 @@ class Passes:
         if model.training and self.drops:
             return None
         call = call_of(model, arguments)
-        if call is None or not self._ready(model):
+        if call is None:
+            return None
+        if call.cache.get_seq_length() == 0:  # once for a text, for it takes as long as a layer
+            for module in self._watched:
+                if module.__dict__.get("_llmcore_packed") is not None:
+                    up_to_date(module)
+        if not self._ready(model):
             return None
         assert self.plan is not None
         end = call.cache.get_seq_length() + call.ids.shape[1]

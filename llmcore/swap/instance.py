@@ -25,6 +25,7 @@ class Swapped:
     """Base of what a module of another library turns into; stands before the module's own class."""
 
     _llmcore_made_of: tuple[type[Swapped], type[nn.Module]]
+    _llmcore_held: tuple[str, ...]  # its parameters' names when it was swapped
 
     @classmethod
     def members(cls, original: type[nn.Module]) -> Mapping[str, Any]:
@@ -90,6 +91,7 @@ class Change:
 def become(module: nn.Module, swap: type[Swapped], **attributes: Any) -> Change:
     """Make the module a `swap` with these attributes beside its own."""
     original = type(module)
+    attributes["_llmcore_held"] = tuple(module._parameters)
     module.__class__ = subclass(swap, original)  # type: ignore[arg-type]  # classes are hashable
     module.__dict__.update(attributes)
     return Change(module, original, tuple(attributes))
@@ -97,6 +99,14 @@ def become(module: nn.Module, swap: type[Swapped], **attributes: Any) -> Change:
 
 def is_swapped(module: nn.Module) -> bool:
     return isinstance(module, Swapped)
+
+
+def has_its_parameters(module: Any) -> bool:
+    """Whether they are where they were: pruning, weight norm and FSDP keep them elsewhere.
+
+    The module's own forward asks for the attributes, whatever is behind them.
+    """
+    return all(name in module._parameters for name in module._llmcore_held)
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -134,6 +144,7 @@ class OneTensor(Swapped):
         return (
             isinstance(x, Tensor)
             and x.dtype in contract.FLOATS
+            and has_its_parameters(self)
             and (weight is None or weight.dtype in (x.dtype, torch.float32))
         )
 

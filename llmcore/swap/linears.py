@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmcore import ops
 from llmcore.ops import contract
 from llmcore.ops.packed_weight import PackedWeight, pack
-from llmcore.swap.instance import OneTensor, Swapped
+from llmcore.swap.instance import OneTensor, Swapped, has_its_parameters
 from llmcore.swap.structure import Found, agrees, draw, own_tensors, takes_one_tensor
 
 
@@ -18,15 +19,16 @@ class Linear(Swapped):
     """x Wᵀ + b, with a weight of x's dtype or a packed one."""
 
     _llmcore_packed: PackedWeight | None
+    _llmcore_sample: Tensor | None
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        if named or len(inputs) != 1:
+        if named or len(inputs) != 1 or not has_its_parameters(self):
             return super().forward(*inputs, **named)  # type: ignore[misc]
         (x,) = inputs
         parameters = self._parameters  # type: ignore[attr-defined]
         weight, bias = parameters["weight"], parameters.get("bias")
         if self._llmcore_packed is not None:
-            return ops.linear(x, self._llmcore_packed, bias)
+            return ops.linear(x, up_to_date(self), bias)
         if x.dtype != weight.dtype:
             return super().forward(x)  # type: ignore[misc]
         return ops.linear(x, weight, bias)
@@ -40,12 +42,13 @@ class PackedColumns(OneTensor):
     """x W + b with W packed; left alone otherwise."""
 
     _llmcore_packed: PackedWeight
+    _llmcore_sample: Tensor
 
     def _takes(self, x: Any) -> bool:
-        return isinstance(x, Tensor) and x.dtype in contract.FLOATS
+        return isinstance(x, Tensor) and x.dtype in contract.FLOATS and has_its_parameters(self)
 
     def _compute(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self._llmcore_packed, self._parameters.get("bias"))  # type: ignore[attr-defined]
+        return ops.linear(x, up_to_date(self), self._parameters.get("bias"))  # type: ignore[attr-defined]
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)  # type: ignore[misc]
@@ -61,10 +64,36 @@ def pack_anew(module: Any) -> None:
         options = {"asymmetric": True} if packed.minimums is not None else {}
         groups = (packed.group,) if packed.group else ()
         module.__dict__["_llmcore_packed"] = pack(rows, packed.format, *groups, **options)
+        module.__dict__["_llmcore_sample"] = sample(weight)
+
+
+def up_to_date(module: Any) -> PackedWeight:
+    """A packed linear's weight; packed anew where its parameter has other values by now.
+
+    As when adapters were merged into it. Some values stand for all, for reading them all would take
+    longer than the product.
+    """
+    if not torch.compiler.is_compiling():
+        weight, kept = module._parameters["weight"], module._llmcore_sample
+        is_cast = weight.dtype != kept.dtype or weight.device != kept.device
+        if not is_cast and not torch.equal(sample(weight), kept):
+            pack_anew(module)
+    packed: PackedWeight = module._llmcore_packed
+    return packed
+
+
+SAMPLES = 32
+
+
+def sample(weight: Tensor) -> Tensor:
+    """Values from all over a weight, a copy."""
+    flat = weight.detach().reshape(-1)
+    return flat[:: flat.shape[0] // SAMPLES | 1].clone()
 
 
 def linear(module: nn.Module) -> Found:
-    return {"_llmcore_packed": None} if linear_layout(module) == "rows" else None
+    attributes = {"_llmcore_packed": None, "_llmcore_sample": None}
+    return attributes if linear_layout(module) == "rows" else None
 
 
 def linear_layout(module: nn.Module) -> str | None:
@@ -73,7 +102,9 @@ def linear_layout(module: nn.Module) -> str | None:
     weight, bias = tensors.get("weight"), tensors.get("bias")
     if [*module.children()] or set(tensors) - {"weight", "bias"} or not takes_one_tensor(module):
         return None
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
+    if not all(isinstance(t, nn.Parameter) for t in tensors.values()):
+        return None
+    if weight is None or weight.ndim != 2:
         return None
     for layout, matrix in (("rows", weight), ("columns", weight.T)):
         if bias is not None and bias.shape != matrix.shape[:1]:

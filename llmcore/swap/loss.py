@@ -108,7 +108,7 @@ def fused(model: Any, named: Mapping[str, Any]) -> Any:
     def loss_of_labels(labels: Tensor, **options: Any) -> Tensor:
         if logits is not None:
             return ops.cross_entropy(logits.flatten(0, -2), labels, **options)
-        rows, bias = hidden.flatten(0, -2), head._parameters.get("bias")
+        rows, bias = hidden.flatten(0, -2), getattr(head, "bias", None)
         return ops.linear_cross_entropy(rows, head.weight, labels, bias, **options)
 
     loss = loss_of(loss_of_labels, labels.to(hidden.device), model._llmcore_loss[1], options)

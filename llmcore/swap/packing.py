@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmcore.models.packed import packed_matrix
 from llmcore.ops.packed_weight import PackedWeight
 from llmcore.swap.instance import Change, become
-from llmcore.swap.linears import Linear, PackedColumns, linear_layout
+from llmcore.swap.linears import Linear, PackedColumns, linear_layout, sample
 from llmcore.swap.structure import Refusal
 
 
@@ -52,10 +52,11 @@ class Packing:
             self.originals.append((parameter, parameter.requires_grad))
             parameter.requires_grad_(False)
             parameter.data = in_file(parameter.data)
+        attributes = {"_llmcore_packed": packed, "_llmcore_sample": sample(parameter)}
         if isinstance(module, Linear):
-            module.__dict__["_llmcore_packed"] = packed
+            module.__dict__.update(attributes)
             return None, packed.error
-        return become(module, PackedColumns, _llmcore_packed=packed), packed.error
+        return become(module, PackedColumns, **attributes), packed.error
 
     @property
     def saved(self) -> int:

@@ -10,7 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CACHE, TEXT, build, inputs, padding, passes, stock, transformers, valid
+from families import (
+    CACHE,
+    ENCODER,
+    TEXT,
+    build,
+    inputs,
+    padding,
+    passes,
+    stock,
+    transformers,
+    valid,
+    word_tokenizer,
+)
 
 import llmcore
 from llmcore.swap import loss
@@ -397,13 +409,56 @@ def test_lora_on_top(weights):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = stock("llama")
     llmcore.accelerate(model, weights=weights)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=["q_proj", "down_proj"],
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )
     adapted = peft.get_peft_model(model, config).train()
     arguments = inputs("llama")
     adapted(**arguments, labels=arguments["input_ids"]).loss.backward()
     trained = [p for p in adapted.parameters() if p.requires_grad]
     assert trained and all(p.grad is not None for p in trained)
     generate(adapted.eval(), arguments["input_ids"])
+    theirs = peft.get_peft_model(stock("llama"), config).eval()
+    theirs.load_state_dict(adapted.state_dict())
+    merged, expected = adapted.merge_and_unload(), theirs.merge_and_unload()
+    llmcore.accelerate(expected, weights=weights)
+    with torch.no_grad():
+        got, wanted = logits(merged, arguments), logits(expected, arguments)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    ids = arguments["input_ids"]
+    assert torch.equal(generate(merged, ids), generate(expected, ids))
+
+
+def test_pipelines():
+    """A model made from a config is in training, and no pipeline takes it out of it."""
+    tokenizer = word_tokenizer()
+    texts, options = ["w1 w2 w3", "w4 w5"], {"max_new_tokens": 6, "do_sample": False}
+    sizes = {**ENCODER, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    torch.manual_seed(0)
+    encoder = transformers.BertModel(transformers.BertConfig(**sizes))
+
+    def run(task, model, *, seed=0, **options):
+        torch.manual_seed(seed)
+        pipe = transformers.pipeline(task, model=model, tokenizer=tokenizer)
+        return pipe(texts, batch_size=2, **options)
+
+    def features(model, **options):
+        return torch.cat([torch.tensor(f[0]) for f in run("feature-extraction", model, **options)])
+
+    ours = copy.deepcopy(encoder)
+    llmcore.accelerate(ours)
+    for model in (encoder, ours):
+        assert (features(model, seed=0) - features(model, seed=1)).abs().max() > 0.1  # dropout
+        model.eval()
+    torch.testing.assert_close(features(ours), features(encoder), atol=1e-5, rtol=0)
+    decoder = stock("llama")
+    ours = copy.deepcopy(decoder)
+    llmcore.accelerate(ours)
+    assert run("text-generation", ours, **options) == run("text-generation", decoder, **options)
+    assert passes(ours) >= 6
 
 
 # Real weights

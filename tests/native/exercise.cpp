@@ -492,6 +492,7 @@ int main() {
       for (const int64_t width : {0, 1, 16, 33, 1040}) {
         for (const int64_t rows : {0, 1, 5, 99}) exercise_linear(kernels, rows, width, 103, dtype);
       }
+      exercise_linear(kernels, 530, 33, 103, dtype);  // so many that threads share the weight
       for (const int64_t group : {16, 32, 128}) {
         for (const int64_t groups : {0, 1, 5}) {
           for (const int64_t rows : {0, 1, 7, 75}) {

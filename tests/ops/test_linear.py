@@ -177,6 +177,31 @@ def test_linear_packed_rows_have_their_own_bits(dtype: torch.dtype, backend: str
             torch.set_num_threads(1)
 
 
+def test_linear_many_rows_have_the_bits_of_few(backend: str) -> None:
+    """The ways through a product differ in what threads share, and in how much of it at a time."""
+    if backend == "reference" or native.module is None:
+        pytest.skip("the definition's sums are torch's, whose order depends on the number of rows")
+    # The second is packed in two chunks of columns.
+    for rows, width, outputs in ((300, 1100, 150), (700, 5000, 700)):
+        x, weight = torch.randn(rows, width), torch.randn(outputs, width)
+        dy, bias = torch.randn(rows, outputs), torch.randn(outputs)
+        levels = [c for c in REGISTRY["linear"].candidates if c.backend.startswith("cpu")]
+        levels = [c for c in levels if not c.reasons(x, weight, bias)]
+        for level in levels if rows < 512 else levels[:1]:
+            whole = level.forward(x, weight, bias)
+            dx, dweight, _ = level.backward(dy, x, weight, True, True, False)
+            for some in (slice(0, 5), slice(rows - 130, rows)):
+                assert torch.equal(level.forward(x[some], weight, bias), whole[some])
+                part = level.backward(dy[some], x[some], weight, True, False, False)[0]
+                assert torch.equal(part, dx[some])
+            for got, exact in (
+                (whole, x.double() @ weight.double().T + bias),
+                (dx, dy.double() @ weight.double()),
+                (dweight, dy.double().T @ x.double()),
+            ):
+                assert (got - exact).abs().max() <= 2e-6 * exact.abs().max() * math.sqrt(width)
+
+
 def test_linear_quantized_nan_and_inf_fill_their_row() -> None:
     x = torch.randn(4, 64)
     x[1, 3], x[2, 40] = math.nan, -math.inf
