@@ -7,8 +7,8 @@
 // that with the weight and with x: four products with forward's. ForwardWithGradients goes through the rows in chunks:
 // all logits of some rows, their loss, their gradients, which are multiplied while they are there: three products, for
 // which the weight and its gradient pass through memory once for each chunk. So its chunks must not be too small, and
-// its gradients of the weight are sums over chunks, in float32. All is
-// bound by multiply-adds: 2 * rows * width * classes operations a product.
+// its gradient of the weight, which is a sum over them, is in float32.
+// All is bound by multiply-adds: 2 * rows * width * classes operations a product.
 #include "cross_entropy.h"
 #include "gemm.h"
 
