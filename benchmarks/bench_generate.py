@@ -23,7 +23,7 @@ from llmcore import native
 
 from . import contest, engines, line_up, machine, plot, roofline, timing
 from .contest import QUIET
-from .engine_process import Hosted, reason
+from .engine_process import REST, Hosted, reason
 from .engines import HUGGING_FACE, LLAMA_CPP, OURS, Engine, Job
 from .report import JsonFile
 
@@ -227,6 +227,7 @@ def timed(
     has_native = native.module is not None
     read = roofline.read(READ_BYTES, huge_pages=True) if has_native else None
     seconds: list[list[float]] = [[] for _ in ready]
+    failed: dict[int, str] = {}
     reads: list[float] = []
     before = roofline.cores_had() if has_native else None
     start, number = time.perf_counter(), 0
@@ -235,13 +236,20 @@ def timed(
             number < rounds.most and time.perf_counter() - start < rounds.total
         ):
             for i in timing.turns(len(ready) + 1, number):
+                if i in failed:
+                    continue
                 if i < len(ready):
-                    seconds[i].append(ready[i][1].seconds())
+                    try:
+                        seconds[i].append(ready[i][1].seconds())
+                    except Exception as error:  # a process that died; the others go on
+                        failed[i] = reason(error)
                 elif read is not None:
                     reads += [clocked(read.call) for _ in range(READS)]
+                    time.sleep(REST)
             number += 1
-    for (place, _), found in zip(ready, seconds, strict=True):
-        speeds[place] = dataclasses.replace(speeds[place], seconds=tuple(found))
+    for i, ((place, _), found) in enumerate(zip(ready, seconds, strict=True)):
+        result = {"why_not": failed[i]} if i in failed else {"seconds": tuple(found)}
+        speeds[place] = dataclasses.replace(speeds[place], **result)
     cores = min(before, roofline.cores_had()) if before is not None else None
     rate = read.amount / timing.quantile(reads, 0.5) if read is not None else None
     return Outcome(job, speeds, rate, peaks() if job.is_prefill and has_native else {}, cores)
@@ -362,21 +370,28 @@ def measure(found: Found, shape: str, rounds: Rounds, compiles: bool) -> None:
         stock = line_up.stock_folder(model, tokenizer, folder)
         entries = [*line_up.ours_in(shape), *line_up.peers_of(shape, folder, stock, compiles)]
         line, found.missing = line_up.line_up(entries, Hosted)
-        ours: list[Any] = [engine for engine in line if engine.side == OURS]
-        for name, why in found.missing.items():
-            print(f"    {name} takes no part: {why}", flush=True)
-        for job in JOBS:
-            outcome = hold(job, line, model.config.vocab_size, rounds)
-            found.outcomes.append(outcome)
-            found.lines += lines_of(outcome, ours)
-            print("", *everybody(outcome), sep="\n", flush=True)
-        if native.module is not None:
-            print("\nA token of llmcore.generate, after 32", flush=True)
-            for engine in ours:
-                found.outside.append(Outside(engine.width, *engine.outside()))
-                print(outside_text(found.outside[-1]), flush=True)
-        for engine in line:
-            engine.end()
+        try:
+            take_turns(found, line, model.config.vocab_size, rounds)
+        finally:
+            for engine in line:
+                engine.end()
+
+
+def take_turns(found: Found, line: Sequence[Any], vocabulary: int, rounds: Rounds) -> None:
+    """The jobs, and what a token takes outside of the native call."""
+    ours = [engine for engine in line if engine.side == OURS]
+    for name, why in found.missing.items():
+        print(f"    {name} takes no part: {why}", flush=True)
+    for job in JOBS:
+        outcome = hold(job, line, vocabulary, rounds)
+        found.outcomes.append(outcome)
+        found.lines += lines_of(outcome, ours)
+        print("", *everybody(outcome), sep="\n", flush=True)
+    if native.module is not None:
+        print("\nA token of llmcore.generate, after 32", flush=True)
+        for engine in ours:
+            found.outside.append(Outside(engine.width, *engine.outside()))
+            print(outside_text(found.outside[-1]), flush=True)
 
 
 def run(args: argparse.Namespace, threads: int) -> int:

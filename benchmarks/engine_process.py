@@ -97,7 +97,10 @@ class Hosted(Engine):
             self.ask("close")
 
     def end(self) -> None:
+        """Ends the process, by force when it takes longer than it should."""
         self.pipe.close()
+        self.process.join(5)
+        self.process.terminate()
         self.process.join()
 
 
@@ -127,16 +130,18 @@ def call(engine: Engine, method: str, arguments: tuple[Any, ...]) -> Any:
         logits = engine.prepare(job, torch.from_numpy(ids))
         return None if logits is None else logits.numpy()
     if method == "seconds":
-        waited, start = waiting(), time.perf_counter()
+        before, start = waiting(), time.perf_counter()
         seconds = engine.seconds()
-        return (waiting() - waited) / (time.perf_counter() - start), seconds
+        waited = sum(s - before.get(task, 0.0) for task, s in waiting().items())
+        return waited / (time.perf_counter() - start), seconds
     return getattr(engine, method)(*arguments)
 
 
-def waiting() -> float:
-    """Seconds for which this process's threads had work and no core; 0 where nobody counts it."""
-    total = 0
+def waiting() -> dict[str, float]:
+    """Seconds for which each thread of this process had work and no core; empty where nobody counts
+    them."""
+    found = {}
     for task in Path("/proc/self/task").glob("*/schedstat"):
         with contextlib.suppress(OSError):  # ended meanwhile
-            total += int(task.read_text().split()[1])
-    return total / 1e9
+            found[task.parent.name] = int(task.read_text().split()[1]) / 1e9
+    return found

@@ -35,6 +35,10 @@ class DecoderPlan {
       : kernels_(kernels_at(level)), layers_(std::move(layers)), weights_(weights) {
     if (kernels_ == nullptr) throw std::invalid_argument("level: this machine doesn't run it");
     weights_.layers = layers_.data(), weights_.layer_count = int64_t(layers_.size());
+    for (const DecoderLayer& layer : layers_) {
+      for (const LinearWeight* w : {&layer.qkv, &layer.output, &layer.up, &layer.down}) products_ += w->N * w->K;
+    }
+    products_ += weights_.head.N * weights_.head.K;
   }
   DecoderPlan(const DecoderPlan&) = delete;
   DecoderPlan& operator=(const DecoderPlan&) = delete;
@@ -59,7 +63,8 @@ class DecoderPlan {
     pass.cache.key_scales = key_scales.data(), pass.cache.value_scales = value_scales.data();
     const py::gil_scoped_release others_may_run;
     Call call{kernels_, pass, false};
-    as_team(runtime.parallel_for, runtime.threads(), [](void* context) { static_cast<Call*>(context)->run(); }, &call);
+    const int64_t threads = pass.B * pass.T * products_ < WORTH_A_TEAM ? 1 : runtime.threads();
+    as_team(runtime.parallel_for, threads, [](void* context) { static_cast<Call*>(context)->run(); }, &call);
     if (!call.ok) throw std::bad_alloc();
   }
 
@@ -70,9 +75,14 @@ class DecoderPlan {
     bool ok;
     void run() { ok = kernels->decoder_forward(pass); }
   };
+  // Multiply-adds of a pass. In one with fewer, most parts are too small to be shared: a part that isn't asks for
+  // threads by itself.
+  static constexpr int64_t WORTH_A_TEAM = int64_t{1} << 22;
+
   const Kernels* kernels_;
   std::vector<DecoderLayer> layers_;
   DecoderWeights weights_;
+  int64_t products_ = 0;  // of a token, in multiply-adds
 };
 
 }  // namespace

@@ -69,14 +69,16 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
     pool, run = concurrent.futures.ThreadPoolExecutor(1), Runner()
-    session.config.add_cleanup(pool.shutdown)
+    folder = tempfile.TemporaryDirectory()
+    # The last one comes first: nobody writes any more when the folder goes.
+    for cleanup in (folder.cleanup, pool.shutdown, run.stop.set):
+        session.config.add_cleanup(cleanup)
     session.config.stash[AHEAD] = {}
     for name, (build, possible) in BUILDERS.items():
         if name in wanted and possible:
-            folder = tempfile.TemporaryDirectory()
-            session.config.add_cleanup(folder.cleanup)
-            session.config.stash[AHEAD][name] = pool.submit(build, Path(folder.name), run)
-    session.config.add_cleanup(run.stop.set)  # the first of the cleanups: the last one comes first
+            place = Path(folder.name) / name
+            place.mkdir()
+            session.config.stash[AHEAD][name] = pool.submit(build, place, run)
 
 
 @pytest.fixture(scope="session")

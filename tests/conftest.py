@@ -1,7 +1,7 @@
 """What several test files need: small models with random weights, a small tokenizer, SmolLM2.
 
 The hooks of every run (native kernels must have loaded, the table of candidates at the end) stand
-in run_report.py, the sanitizers' build, which goes on beside the tests, in sanitizer_build.py.
+in run_report.py, the builds that go on beside the tests in built_ahead.py.
 """
 
 import os

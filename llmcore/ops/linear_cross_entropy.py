@@ -265,9 +265,10 @@ class LinearCrossEntropy(contract.KernelFunction):
             dx, dweight, dbias = contract.gradients(define, (x, weight, bias), dloss)
             return dx, dweight, None, dbias, None, None, None
         if ctx.early:
-            dx, dweight, dbias = (times(t, dloss) for t in early)
-            # They are given away: a second pass through this graph makes its own.
-            ctx.early = torch.compiler.is_compiling()
+            factor = number(dloss)
+            dx, dweight, dbias = (times(t, dloss, factor) for t in early)
+            # Those that are given away themselves are no more here in a second pass.
+            ctx.early = factor is None
         else:
             dx, dweight, dbias = ctx.kernel.backward(
                 dloss, x, weight, target, bias, statistics, ctx.options, ctx.needs
@@ -284,13 +285,23 @@ class LinearCrossEntropy(contract.KernelFunction):
         )
 
 
-def times(gradient: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
-    """gradient * dloss, in its place where no graph is being made of it."""
+def number(dloss: torch.Tensor) -> float | None:
+    """The value of a scalar; None where it has none to tell: traced, fake or a batch of them."""
     if torch.compiler.is_compiling():
+        return None
+    try:
+        return float(dloss)
+    except RuntimeError:
+        return None
+
+
+def times(gradient: torch.Tensor, dloss: torch.Tensor, factor: float | None) -> torch.Tensor:
+    """gradient * dloss, in its own place where dloss is a number, `factor`."""
+    if factor is None:
         return gradient * dloss
     # By .data, whose changes, and the receiver's, are none of those that autograd looks for in what
     # it saved: the next pass through this graph does not read this.
-    return gradient.data if dloss == 1 else gradient.data.mul_(dloss)
+    return gradient.data if factor == 1.0 else gradient.data.mul_(factor)
 
 
 def linear_cross_entropy(
@@ -307,6 +318,9 @@ def linear_cross_entropy(
 
     x (..., C); weight (V, C), x's dtype; bias (V), x's dtype or float32, or None; target (...)
     int64, 0 to V - 1 or ignore_index. The result has x's dtype; options as cross_entropy.
+    Where a gradient is wanted of a float32 loss of many rows (ROWS_FOR_GRADIENTS, sum or mean), the
+    CPU's kernel makes it along with the loss, which takes a product less than doing so later, and
+    two more than a loss alone: evaluate in torch.no_grad(), as ever.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.

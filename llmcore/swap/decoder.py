@@ -47,6 +47,7 @@ class Passes:
         self._watched: list[nn.Module] = []
         self._children: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._seen: tuple[Any, ...] = ()
+        self._packed: tuple[int, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Passes:
         return Passes()
@@ -108,26 +109,33 @@ class Passes:
         self.drops = any("drop" in name and value for name, value in settings.items())
         self._watched = [*model.modules()][1:]
         self._children = [(m._modules, dict(m._modules)) for m in model.modules() if m._modules]
-        self._seen = self._state()
+        self._seen, self._packed = self._addresses(), self._packed_ones()
 
     def _ready(self, model: nn.Module) -> bool:
         """Whether the model is still what the plan was made of; the plan is made at first."""
+        unchanged = self.plan is None or (self._addresses() == self._seen and self._unchanged())
+        if unchanged and self._packed_ones() != self._packed:  # the same weights, of new values
+            self.plan = None
         if self.plan is None:
             try:
                 self.build(model)
             except (Unfit, *OF_OTHERS) as reason:
                 self.why_not = str(reason)
                 return False
-        return self._state() == self._seen and self._unchanged()
+            unchanged = self._unchanged()
+        return unchanged
 
-    def _state(self) -> tuple[Any, ...]:
+    def _addresses(self) -> tuple[Any, ...]:
         """Where every weight lies: memory that was replaced is not the plan's."""
-        found: list[Any] = []
-        for module in self._watched:
-            for parameter in module._parameters.values():
-                found.append(None if parameter is None else parameter.data_ptr())
-            found.append(id(module.__dict__.get("_llmcore_packed")))
-        return tuple(found)
+        return tuple(
+            None if parameter is None else parameter.data_ptr()
+            for module in self._watched
+            for parameter in module._parameters.values()
+        )
+
+    def _packed_ones(self) -> tuple[int, ...]:
+        """Which packed weights there are."""
+        return tuple(id(module.__dict__.get("_llmcore_packed")) for module in self._watched)
 
     def _unchanged(self) -> bool:
         """Whether the modules are the same ones, and nobody wants to see their calls."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -71,24 +72,43 @@ def up_to_date(module: Any) -> PackedWeight:
     """A packed linear's weight; packed anew where its parameter has other values by now.
 
     As when adapters were merged into it. Some values stand for all, for reading them all would take
-    longer than the product.
+    longer than the product. In compilation and tracing nothing is compared: a graph holds the
+    weight that it was made with.
     """
-    if not torch.compiler.is_compiling():
-        weight, kept = module._parameters["weight"], module._llmcore_sample
-        is_cast = weight.dtype != kept.dtype or weight.device != kept.device
-        if not is_cast and not torch.equal(sample(weight), kept):
+    weight = module._parameters["weight"]
+    if has_values(weight):
+        now = sample(weight)
+        kept = module._llmcore_sample.to(now)  # a cast weight is compared with the old one's cast
+        bits = torch.int32 if now.dtype == torch.float32 else torch.int16
+        if not torch.equal(now.view(bits), kept.view(bits)):
             pack_anew(module)
     packed: PackedWeight = module._llmcore_packed
     return packed
 
 
-SAMPLES = 32
+def has_values(weight: Tensor) -> bool:
+    """Whether they can be looked at: not of what is traced, fake, or batched."""
+    return (
+        type(weight) in (Tensor, nn.Parameter)
+        and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+SAMPLES = 64
 
 
 def sample(weight: Tensor) -> Tensor:
-    """Values from all over a weight, a copy."""
-    flat = weight.detach().reshape(-1)
-    return flat[:: flat.shape[0] // SAMPLES | 1].clone()
+    """A copy of values from all over a weight, no two of a row or a column if it has so many."""
+    return weight.detach().reshape(-1)[places(weight.numel())]
+
+
+@functools.cache
+def places(count: int) -> Tensor:
+    """SAMPLES of 0 to count - 1, in steps of the golden section."""
+    return (torch.arange(1, SAMPLES + 1).double() * ((5**0.5 - 1) / 2)).frac().mul(count).long()
 
 
 def linear(module: nn.Module) -> Found:

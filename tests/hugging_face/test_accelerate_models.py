@@ -172,6 +172,22 @@ def test_native_passes_are_the_modules(weights):
         assert passes(other) == 0
 
 
+def test_native_passes_go_on_with_values_that_were_written():
+    """As merging an adapter writes them: the packed weights and the pass are made anew."""
+
+    def write(model):
+        model.model.layers[0].self_attn.q_proj.weight.data.mul_(-1.5)
+
+    model, other, ids = stock("llama"), stock("llama"), inputs("llama", "none")["input_ids"]
+    llmcore.accelerate(model, weights="int8")
+    generate(model, ids)
+    write(model), write(other)
+    llmcore.accelerate(other, weights="int8")
+    before = passes(model)
+    assert torch.equal(generate(model, ids), generate(other, ids))
+    assert passes(model) == before + 8
+
+
 NATIVE = (
     "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "gpt_neox", "gpt_neox_in_turn", "opt",
     "phi", "phi3", "stablelm",

@@ -102,12 +102,21 @@ def huge_bytes():
 
 def test_plan_from_several_threads_at_once(tiny_decoder):
     """Each pass has threads of its own, and those of no other."""
-    model = tiny_decoder(width=256, feed_forward=512)
+    model, before = tiny_decoder(width=512, feed_forward=1024, layers=4), torch.get_num_threads()
     gold, planned = passes(model)
     assert planned
-    with ThreadPoolExecutor(3) as pool:
-        for found, _ in pool.map(lambda _: passes(model), range(12)):
-            assert all(torch.equal(a, b) for a, b in zip(found, gold, strict=True))
+
+    def passes_by_two(_: int):
+        torch.set_num_threads(2)  # of what this thread starts
+        assert torch.get_num_threads() == 2
+        return passes(model)[0]
+
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            for found in pool.map(passes_by_two, range(12)):
+                assert all(torch.equal(a, b) for a, b in zip(found, gold, strict=True))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_huge_pages_keep_contents():

@@ -234,9 +234,10 @@ void exercise_linear_cross_entropy(const Kernels& kernels, int64_t rows, int64_t
                                                  Reduction::none, dtype, dtype}),
           "linear_cross_entropy_backward");
   if (dtype != Dtype::float32) return;
-  require(kernels.linear_cross_entropy_forward({x, weight, bias, target.data(), losses, statistics.floats(),
-                                                dx.floats(), dweight.floats(), dbias.floats(), rows, width, classes,
-                                                -100, 0.1f, Reduction::mean, dtype, dtype}),
+  const Buffer loss(1, dtype);
+  require(kernels.linear_cross_entropy_forward({x, weight, bias, target.data(), loss, statistics.floats(), dx.floats(),
+                                                dweight.floats(), dbias.floats(), rows, width, classes, -100, 0.1f,
+                                                Reduction::mean, dtype, dtype}),
           "linear_cross_entropy_forward, with gradients");
 }
 

@@ -181,8 +181,9 @@ def test_linear_many_rows_have_the_bits_of_few(backend: str) -> None:
     """The ways through a product differ in what threads share, and in how much of it at a time."""
     if backend == "reference" or native.module is None:
         pytest.skip("the definition's sums are torch's, whose order depends on the number of rows")
-    # The second is packed in two chunks of columns.
-    for rows, width, outputs in ((300, 1100, 150), (700, 5000, 700)):
+    # The second is packed in two chunks of columns; the third has both gradients by rows, too.
+    torch.set_num_threads(2)
+    for rows, width, outputs in ((300, 1100, 150), (700, 5000, 700), (1100, 300, 600)):
         x, weight = torch.randn(rows, width), torch.randn(outputs, width)
         dy, bias = torch.randn(rows, outputs), torch.randn(outputs)
         levels = [c for c in REGISTRY["linear"].candidates if c.backend.startswith("cpu")]
@@ -200,6 +201,7 @@ def test_linear_many_rows_have_the_bits_of_few(backend: str) -> None:
                 (dweight, dy.double().T @ x.double()),
             ):
                 assert (got - exact).abs().max() <= 2e-6 * exact.abs().max() * math.sqrt(width)
+    torch.set_num_threads(1)
 
 
 def test_linear_quantized_nan_and_inf_fill_their_row() -> None:

@@ -117,6 +117,17 @@ def test_linear_cross_entropy_gradients_with_the_loss(rows: int, width: int, cla
 
 
 @pytest.mark.usefixtures("with_loss")
+def test_linear_cross_entropy_gradients_with_the_loss_times_a_batch() -> None:
+    """What comes back is no number then; the gradients are there for the next pass all the same."""
+    x, weight = torch.randn(40, 16).requires_grad_(), torch.randn(60, 16).requires_grad_()
+    loss = ops.linear_cross_entropy(x, weight, torch.randint(0, 60, (40,)))
+    both = torch.tensor([1.0, -2.0])
+    batched = torch.autograd.grad(loss, (x, weight), both, retain_graph=True, is_grads_batched=True)
+    for one, several in zip(torch.autograd.grad(loss, (x, weight)), batched, strict=True):
+        assert torch.equal(several, torch.stack((one, -2.0 * one)))
+
+
+@pytest.mark.usefixtures("with_loss")
 def test_linear_cross_entropy_gradients_with_the_loss_of_one_input() -> None:
     target = torch.randint(0, 90, (50,))
     tensors = torch.randn(50, 20), torch.randn(90, 20), torch.randn(90)
