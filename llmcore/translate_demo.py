@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/translate"), help="folder (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=1000, help="updates (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=800, help="updates (default: %(default)s)")
     parser.add_argument("--width", type=int, default=192, help="of the model (default: 192)")
     parser.add_argument("--layers", type=int, default=2, help="of each stack (default: 2)")
     parser.add_argument("--beams", type=int, default=1, help="of the search (default: 1, greedy)")

@@ -253,7 +253,7 @@ PRESETS: dict[str, Preset] = {
     "tiny": Preset(
         Preparation(("bible",)),
         TINY_SHAPE | {"feed_forward": 512},
-        Recipe(steps=400, learning_rate=4e-3, warm_up=40),
+        Recipe(steps=300, learning_rate=4e-3, warm_up=40),
         length=256,
         rows=16,
         about="a decoder of 2.2M parameters on the Bible, about five minutes on two cores",
