@@ -62,19 +62,13 @@ class DecoderPlan {
     pass.cache.keys = keys.data(), pass.cache.values = values.data();
     pass.cache.key_scales = key_scales.data(), pass.cache.value_scales = value_scales.data();
     const py::gil_scoped_release others_may_run;
-    Call call{kernels_, pass, false};
     const int64_t threads = pass.B * pass.T * products_ < WORTH_A_TEAM ? 1 : runtime.threads();
-    as_team(runtime.parallel_for, threads, [](void* context) { static_cast<Call*>(context)->run(); }, &call);
-    if (!call.ok) throw std::bad_alloc();
+    bool ok = false;
+    as_team(runtime.parallel_for, threads, [&] { ok = kernels_->decoder_forward(pass); });
+    if (!ok) throw std::bad_alloc();
   }
 
  private:
-  struct Call {
-    const Kernels* kernels;
-    const DecoderForward& pass;
-    bool ok;
-    void run() { ok = kernels->decoder_forward(pass); }
-  };
   // Multiply-adds of a pass. In one with fewer, most parts are too small to be shared: a part that isn't asks for
   // threads by itself.
   static constexpr int64_t WORTH_A_TEAM = int64_t{1} << 22;

@@ -42,8 +42,13 @@ class Team {
 
   // On the others, until the end.
   void follow() {
-    for (int tries = 0; next_.load(std::memory_order_relaxed) != ENDED;)
-      take() ? void(tries = 0) : wait_a_little(tries);
+    for (int tries = 0; next_.load(std::memory_order_relaxed) != ENDED;) {
+      if (take()) {
+        tries = 0;
+      } else {
+        wait_a_little(tries);
+      }
+    }
   }
 
  private:

@@ -13,6 +13,13 @@ namespace llmcore {
 
 // body(context), once, on one of `threads` threads of parallel_for, while the others wait for its parts.
 void as_team(decltype(Runtime::parallel_for) parallel_for, int64_t threads, void (*body)(void* context), void* context);
+// body(), likewise.
+template <class F>
+void as_team(decltype(Runtime::parallel_for) parallel_for, int64_t threads, const F& body) {
+  as_team(
+      parallel_for, threads, [](void* context) { (*static_cast<const F*>(context))(); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
 
 // What parallel_for does, by the threads of the team that this thread leads; false: it leads none, nothing was done.
 bool by_team(int64_t count, int64_t grain, Runtime::Body body, void* context);

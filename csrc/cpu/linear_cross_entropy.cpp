@@ -80,6 +80,12 @@ void differentiate(const LossRule& rule, int64_t target, const float* statistics
   if (here) store_partial(to + hit, (p(at_hit) - even - hot) * dloss, 1);
 }
 
+// What one of several products in turn gives of a row: the first one's sums themselves, the others' added to them.
+void add(bool first, int64_t count, const float* sums, float* to) {
+  if (first) return map_row(to, count, [](vec s) { return s; }, sums);
+  map_row(to, count, [](vec d, vec s) { return d + s; }, to, sums);
+}
+
 template <class T>
 bool forward(const LinearCrossEntropyForward& a) {
   const LossRule rule = rule_of(a);
@@ -133,8 +139,7 @@ class ForwardWithGradients {
   explicit ForwardWithGradients(const LinearCrossEntropyForward& a)
       : a_(a),
         rule_(rule_of(a)),
-        one_(1.0f),
-        dloss_(LossGradient<float>(rule_, &one_, a.target, a.rows).at(0)),
+        dloss_(a.reduction == Reduction::mean ? 1.0f / float(counted_rows(rule_, a.target, a.rows)) : 1.0f),
         bias_(a.bias, a.bias_dtype, a.classes),
         at_once_(rows_at_once(a.rows)),
         losses_(a.rows),
@@ -157,7 +162,8 @@ class ForwardWithGradients {
   }
 
  private:
-  // With all scratch memory a twentieth of all logits; in whole tiles of a product.
+  // With all scratch memory a twentieth of all logits; in whole tiles of a product. ROWS_FOR_GRADIENTS, which says from
+  // how many rows on that is worth it (llmcore/ops/linear_cross_entropy.py), counts on this part.
   static int64_t rows_at_once(int64_t rows) {
     const int64_t part = rows / 27 / TILE_ROWS * TILE_ROWS;
     return part < TILE_ROWS ? TILE_ROWS : part;
@@ -192,11 +198,6 @@ class ForwardWithGradients {
     if (!sum_rows(gradients_.data(), rows, a_.classes, class_sums_.data())) return false;
     add(first == 0, a_.classes, class_sums_.data(), a_.dbias);
     return true;
-  }
-
-  static void add(bool anew, int64_t count, const float* sums, float* to) {
-    if (anew) return map_row(to, count, [](vec s) { return s; }, sums);
-    map_row(to, count, [](vec d, vec s) { return d + s; }, to, sums);
   }
 
   // Each task takes a part of the classes: its part of the weight's gradient, and what it adds to dx, which waits for
@@ -311,7 +312,7 @@ class ForwardWithGradients {
 
   const LinearCrossEntropyForward& a_;
   LossRule rule_;
-  float one_, dloss_;
+  float dloss_;  // what reaches a row of a gradient of 1
   Bias bias_;
   int64_t at_once_;
   Scratch losses_, gradients_, class_sums_, dx_;
@@ -375,13 +376,11 @@ class Backward {
     }
     if (a_.dx == nullptr) return true;
     float* dx = std::is_same_v<T, float> ? static_cast<float*>(a_.dx) : dx_.data();
-    const auto add = [&](int64_t r, int64_t c, int64_t here, float* sums) {
-      float* to = dx + r * a_.width + c;
-      if (first == 0) return map_row(to, here, [](vec s) { return s; }, sums);
-      map_row(to, here, [](vec d, vec s) { return d + s; }, to, sums);
+    const auto write = [&](int64_t r, int64_t c, int64_t here, float* sums) {
+      add(first == 0, here, sums, dx + r * a_.width + c);
     };
     const Matrix<T> w{weight(first), 1, a_.width};
-    return gemm<Products>(a_.rows, a_.width, count, Matrix<Gradient>{g, count, 1}, w, add);
+    return gemm<Products>(a_.rows, a_.width, count, Matrix<Gradient>{g, count, 1}, w, write);
   }
 
   const LinearCrossEntropyBackward& a_;

@@ -113,17 +113,18 @@ class Passes:
 
     def _ready(self, model: nn.Module) -> bool:
         """Whether the model is still what the plan was made of; the plan is made at first."""
-        unchanged = self.plan is None or (self._addresses() == self._seen and self._unchanged())
-        if unchanged and self._packed_ones() != self._packed:  # the same weights, of new values
-            self.plan = None
-        if self.plan is None:
-            try:
-                self.build(model)
-            except (Unfit, *OF_OTHERS) as reason:
-                self.why_not = str(reason)
+        if self.plan is not None:
+            if self._addresses() != self._seen or not self._unchanged():
                 return False
-            unchanged = self._unchanged()
-        return unchanged
+            if self._packed_ones() == self._packed:
+                return True
+            self.plan = None  # of the same weights, which have other values by now
+        try:
+            self.build(model)
+        except (Unfit, *OF_OTHERS) as reason:
+            self.why_not = str(reason)
+            return False
+        return self._unchanged()
 
     def _addresses(self) -> tuple[Any, ...]:
         """Where every weight lies: memory that was replaced is not the plan's."""

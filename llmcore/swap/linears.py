@@ -64,8 +64,12 @@ def pack_anew(module: Any) -> None:
         rows = weight.T if isinstance(module, PackedColumns) else weight
         options = {"asymmetric": True} if packed.minimums is not None else {}
         groups = (packed.group,) if packed.group else ()
-        module.__dict__["_llmcore_packed"] = pack(rows, packed.format, *groups, **options)
-        module.__dict__["_llmcore_sample"] = sample(weight)
+        module.__dict__.update(holding(pack(rows, packed.format, *groups, **options), weight))
+
+
+def holding(packed: PackedWeight, weight: Tensor) -> dict[str, Any]:
+    """What a linear has beside its weight once that is packed."""
+    return {"_llmcore_packed": packed, "_llmcore_sample": sample(weight)}
 
 
 def up_to_date(module: Any) -> PackedWeight:
@@ -79,8 +83,7 @@ def up_to_date(module: Any) -> PackedWeight:
     if has_values(weight):
         now = sample(weight)
         kept = module._llmcore_sample.to(now)  # a cast weight is compared with the old one's cast
-        bits = torch.int32 if now.dtype == torch.float32 else torch.int16
-        if not torch.equal(now.view(bits), kept.view(bits)):
+        if not torch.equal(now.view(torch.uint8), kept.view(torch.uint8)):  # bits: NaN is NaN
             pack_anew(module)
     packed: PackedWeight = module._llmcore_packed
     return packed
@@ -88,13 +91,7 @@ def up_to_date(module: Any) -> PackedWeight:
 
 def has_values(weight: Tensor) -> bool:
     """Whether they can be looked at: not of what is traced, fake, or batched."""
-    return (
-        type(weight) in (Tensor, nn.Parameter)
-        and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
+    return torch._C._len_torch_dispatch_stack() == 0 and contract.is_known(weight.detach())
 
 
 SAMPLES = 64

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmcore.models.packed import packed_matrix
 from llmcore.ops.packed_weight import PackedWeight
 from llmcore.swap.instance import Change, become
-from llmcore.swap.linears import Linear, PackedColumns, linear_layout, sample
+from llmcore.swap.linears import Linear, PackedColumns, holding, linear_layout
 from llmcore.swap.structure import Refusal
 
 
@@ -52,7 +52,7 @@ class Packing:
             self.originals.append((parameter, parameter.requires_grad))
             parameter.requires_grad_(False)
             parameter.data = in_file(parameter.data)
-        attributes = {"_llmcore_packed": packed, "_llmcore_sample": sample(parameter)}
+        attributes = holding(packed, parameter)
         if isinstance(module, Linear):
             module.__dict__.update(attributes)
             return None, packed.error

@@ -438,9 +438,7 @@ void two_threads(int64_t count, int64_t grain, Runtime::Body body, void* context
 // f() while the other thread waits for its parts.
 template <class F>
 void together(const F& f) {
-  as_team(
-      two_threads, 2, [](void* context) { (*static_cast<const F*>(context))(); },
-      const_cast<void*>(static_cast<const void*>(&f)));
+  as_team(two_threads, 2, f);
 }
 
 // Parts of every length, one behind the other: each element is met once.
