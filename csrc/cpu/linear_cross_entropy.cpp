@@ -144,11 +144,10 @@ class ForwardWithGradients {
         at_once_(rows_at_once(a.rows)),
         losses_(a.rows),
         gradients_(at_once_ * a.classes),
-        class_sums_(a.dbias == nullptr ? 0 : a.classes),
-        dx_(a.dx == nullptr ? 0 : PARTS * at_once_ * padded_width()) {}
+        class_sums_(a.dbias == nullptr ? 0 : a.classes) {}
 
   bool run() {
-    if (!bias_.ok() || !losses_.ok() || !gradients_.ok() || !class_sums_.ok() || !dx_.ok()) return false;
+    if (!bias_.ok() || !losses_.ok() || !gradients_.ok() || !class_sums_.ok()) return false;
     if (a_.rows == 0) {
       if (a_.dweight != nullptr) std::memset(a_.dweight, 0, size_t(a_.classes * a_.width) * sizeof(float));
       if (a_.dbias != nullptr) std::memset(a_.dbias, 0, size_t(a_.classes) * sizeof(float));
@@ -203,12 +202,16 @@ class ForwardWithGradients {
   // Each task takes a part of the classes: its part of the weight's gradient, and what it adds to dx, which waits for
   // the other parts' and is added in their order. Where there are more threads than parts, a task takes a slice of the
   // width, too.
-  bool multiply(int64_t first, int64_t rows) {
+  bool multiply(int64_t first, int64_t rows) const {
     if (a_.width == 0) return true;
     const int64_t threads = runtime.threads(), wanted = (2 * threads + PARTS - 1) / PARTS;
     const int64_t panels = (a_.width + PANEL - 1) / PANEL, slices = wanted < panels ? wanted : panels;
     const int64_t step = (panels + slices - 1) / slices * PANEL;
     const int64_t part = ((a_.classes + PARTS - 1) / PARTS + BLOCK - 1) / BLOCK * BLOCK;
+    // Taken for these products alone, so that it can be the memory that the logits' product has just given back.
+    const Scratch parts(a_.dx == nullptr ? 0 : PARTS * rows * padded_width());
+    if (!parts.ok()) return false;
+    const auto dx_part = [&](int64_t p) { return parts.data() + p * rows * padded_width(); };
     Failure no_memory;
     parallel_tasks(PARTS * slices, [&](const auto& next) {
       const PartOfClasses task_of(*this, first, rows, step);
@@ -216,7 +219,7 @@ class ForwardWithGradients {
       for (int64_t task = next(); task >= 0; task = next()) {
         const int64_t p = task / slices, c = task % slices * step, begin = p * part;
         const int64_t end = a_.classes < begin + part ? a_.classes : begin + part;
-        if (c < a_.width) task_of.multiply(p, begin, end, c, a_.width - c < step ? a_.width - c : step);
+        if (c < a_.width) task_of.multiply(dx_part(p), begin, end, c, a_.width - c < step ? a_.width - c : step);
       }
     });
     if (no_memory.happened()) return false;
@@ -235,7 +238,6 @@ class ForwardWithGradients {
   static constexpr int64_t BLOCK = 128;  // classes
 
   int64_t padded_width() const { return (a_.width + LANES - 1) / LANES * LANES; }
-  float* dx_part(int64_t p) const { return dx_.data() + p * at_once_ * padded_width(); }
 
   // What a thread needs to multiply with the gradients of some rows.
   class PartOfClasses {
@@ -254,13 +256,14 @@ class ForwardWithGradients {
           sums_(BLOCK * LANES) {}
     bool ok() const { return x_.ok() && weight_.ok() && across_.ok() && along_.ok() && sums_.ok(); }
 
-    void multiply(int64_t part, int64_t begin, int64_t end, int64_t c, int64_t columns) const {
+    // dx_part: what these classes add to dx.
+    void multiply(float* dx_part, int64_t begin, int64_t end, int64_t c, int64_t columns) const {
       const Matrix<float> x{all_.x(first_) + c, 1, a_.width};
       if (a_.dweight != nullptr) pack_groups<FloatProducts>(x, columns, rows_, ONE_CHAIN, by_row_, x_.data());
       for (int64_t v = begin; v < end; v += BLOCK) {
         const int64_t count = end - v < BLOCK ? end - v : BLOCK;
         if (a_.dweight != nullptr) add_to_dweight(v, count, c, columns);
-        if (a_.dx != nullptr) add_to_dx(part, v, count, v == begin, c, columns);
+        if (a_.dx != nullptr) add_to_dx(dx_part + c, v, count, v == begin, c, columns);
       }
     }
 
@@ -291,7 +294,7 @@ class ForwardWithGradients {
       }
     }
 
-    void add_to_dx(int64_t part, int64_t v, int64_t count, bool anew, int64_t c, int64_t columns) const {
+    void add_to_dx(float* dx, int64_t v, int64_t count, bool anew, int64_t c, int64_t columns) const {
       const int64_t group = group_words<FloatProducts>(count, ONE_CHAIN);
       const Matrix<float> g{all_.gradients_.data() + v, a_.classes, 1};
       const Matrix<float> weight{all_.weight(v) + c, 1, a_.width};
@@ -301,7 +304,7 @@ class ForwardWithGradients {
       Ahead next(all_.weight(v + count) + c, behind < BLOCK ? behind : BLOCK, columns, a_.width, rows_);
       const auto fetch = [&](int64_t, int64_t, int64_t, int64_t) { next.fetch_part(); };
       multiply_strip<FloatProducts>(along_.data(), weight_.data(), rows_, columns, count, ONE_CHAIN, group,
-                                    sums_.data(), all_.dx_part(part) + c, all_.padded_width(), fetch, !anew);
+                                    sums_.data(), dx, all_.padded_width(), fetch, !anew);
     }
 
     const ForwardWithGradients& all_;
@@ -315,7 +318,7 @@ class ForwardWithGradients {
   float dloss_;  // what reaches a row of a gradient of 1
   Bias bias_;
   int64_t at_once_;
-  Scratch losses_, gradients_, class_sums_, dx_;
+  Scratch losses_, gradients_, class_sums_;
 };
 
 template <class T>
