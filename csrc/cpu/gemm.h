@@ -74,8 +74,10 @@ bool gemm_by_strips(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const 
                               : M * N < LARGEST_CHUNK_WORDS ? M * N
                                                             : LARGEST_CHUNK_WORDS;
   const int64_t blocks_in_chunk = chunk_words / (ROW_BLOCK / LANES * (group + 1)) + 1;
+  const int64_t row_blocks = (M + ROW_BLOCK - 1) / ROW_BLOCK;
+  const int64_t chunks = (row_blocks + blocks_in_chunk - 1) / blocks_in_chunk;
   const int64_t chunk_rows =
-      M < blocks_in_chunk * ROW_BLOCK ? (M + LANES - 1) / LANES * LANES : blocks_in_chunk * ROW_BLOCK;
+      chunks == 1 ? (M + LANES - 1) / LANES * LANES : (row_blocks + chunks - 1) / chunks * ROW_BLOCK;
   int64_t step = COLUMN_BLOCK;
   if (columns_cut == Cut::as_threads_need) {
     const int64_t for_rows = chunk_rows * STRIP_WORDS_A_ROW, most = for_rows < STRIP_WORDS ? for_rows : STRIP_WORDS;
@@ -135,9 +137,9 @@ bool gemm_by_strips(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const 
   return true;
 }
 
-// Many rows, as many as columns or more: B is packed a chunk of columns at a time, by all threads and for all of them;
-// a thread packs a block of rows of A, which stays in its second cache, and takes it through the chunk. So what one
-// core packs another reads once only: some per cent faster than by strips, most where the inner axis is short.
+// Many rows, half as many as columns or more: B is packed a chunk of columns at a time, by all threads and for all of
+// them; a thread packs a block of rows of A, which stays in its second cache, and takes it through the chunk. So what
+// one core packs another reads once only: some per cent faster than by strips, most where the inner axis is short.
 template <class Products, class TA, class TB, class Finish>
 bool gemm_by_rows(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matrix<TB>& b, const Finish& finish,
                   int64_t threads) {
@@ -191,7 +193,7 @@ bool gemm(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matrix<TB>
     return gemm_few<Products>(M, N, K, a, b, finish, columns_cut, threads);
   }
   // Each thread needs some blocks of rows, so that none waits for another at the end.
-  if (columns_cut == Cut::as_threads_need && N <= M && M >= 4 * threads * ROW_BLOCK) {
+  if (columns_cut == Cut::as_threads_need && N <= 2 * M && M >= 4 * threads * ROW_BLOCK) {
     return gemm_by_rows<Products>(M, N, K, a, b, finish, threads);
   }
   return gemm_by_strips<Products>(M, N, K, a, b, finish, columns_cut, threads);
