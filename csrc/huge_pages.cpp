@@ -29,8 +29,16 @@ int64_t into_huge_pages(const std::vector<std::pair<uintptr_t, int64_t>>& pieces
   }
   return moved;
 }
+
+void ask_for_huge_pages(void* data, int64_t bytes) {
+  constexpr uintptr_t PAGE = HUGE_PAGE;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / PAGE * PAGE;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), size_t(end - begin), MADV_HUGEPAGE);
+}
 #else
 int64_t into_huge_pages(const std::vector<std::pair<uintptr_t, int64_t>>&) { return 0; }
+void ask_for_huge_pages(void*, int64_t) {}
 #endif
 
 }  // namespace llmcore

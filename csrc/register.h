@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "huge_pages.h"
 #include "levels.h"
 
 namespace llmcore {
@@ -105,11 +106,20 @@ struct Parameter {
   Dtype dtype = Dtype::float32;
 };
 
+// Of bytes: from here on the C library gives memory back to the system with each tensor, and takes it anew, to be
+// cleared.
+constexpr int64_t LARGE_RESULT = int64_t{32} << 20;
+
 // A fresh tensor, `strides` in elements. By the C shim itself: the dispatcher's new_empty takes a microsecond more.
 inline Tensor fresh(int64_t axes, const int64_t* sizes, const int64_t* strides, int32_t type, Place place = {}) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(axes, sizes, strides, type, place.type, place.index, &handle));
-  return Tensor(handle);
+  const Tensor made(handle);
+  const int64_t bytes = made.numel() * int64_t(aoti_torch_dtype_element_size(type));
+  if (bytes >= LARGE_RESULT && place.type == aoti_torch_device_type_cpu()) {
+    ask_for_huge_pages(made.mutable_data_ptr(), bytes);
+  }
+  return made;
 }
 inline int32_t code_of(ScalarType type) {
   return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));

@@ -21,6 +21,11 @@ constexpr int64_t STRIP_WORDS_A_ROW = 1024;        // or less: for few rows it s
 // beside whose operands and result the memory is little, gets large ones: half the packing of B at 2048 x 768 x 3072.
 constexpr int64_t CHUNK_WORDS = int64_t{1} << 20, LARGEST_CHUNK_WORDS = int64_t{3} << 20;
 
+// A second thread pays from so many values of B on, of which each is read once, or from so many multiply-adds on;
+constexpr int64_t ALONE_READ = int64_t{1} << 16, ALONE = int64_t{1} << 20;
+// memory that the threads share from so many on for each of them.
+constexpr int64_t APART = int64_t{1} << 27, SHORTEST_PART = 32;
+
 enum class Cut { as_threads_need, whole_blocks };
 
 // Few rows: a thread reads one stream, whose end is as near to the others' as small blocks allow.
@@ -63,11 +68,19 @@ struct Pieces {
   float* take() { return data + __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED) * words; }
 };
 
+// Rows and columns of C.
+struct Part {
+  int64_t row, rows, column, columns;
+};
+
 // Many rows: A is packed a chunk of rows at a time, by all threads and for all of them; a thread packs a strip of B and
 // takes blocks of the chunk's rows through it.
 template <class Products, class TA, class TB, class Finish>
-bool gemm_by_strips(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matrix<TB>& b, const Finish& finish,
+bool gemm_by_strips(const Part& part, int64_t K, const Matrix<TA>& all_a, const Matrix<TB>& all_b, const Finish& finish,
                     Cut columns_cut, int64_t threads) {
+  const int64_t M = part.rows, N = part.columns;
+  const Matrix<TA> a = all_a.from(part.row, 0);
+  const Matrix<TB> b = all_b.from(part.column, 0);
   const DepthCut cut = b.depth == 1 ? AS_FEW_ROWS : ONE_CHAIN;
   const int64_t group = group_words<Products>(K, cut);
   const int64_t chunk_words = M * N < CHUNK_WORDS           ? CHUNK_WORDS
@@ -121,7 +134,9 @@ bool gemm_by_strips(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const 
             for (int64_t r = begin; r < end; r += ROW_BLOCK) {
               const int64_t here = end - r < ROW_BLOCK ? end - r : ROW_BLOCK;
               const auto finish_rows = [&](int64_t i, int64_t i_end, int64_t c, int64_t count) {
-                for (; i < i_end; ++i) finish(first + r + i, n + c, count, sums + i * step + c);
+                for (; i < i_end; ++i) {
+                  finish(part.row + first + r + i, part.column + n + c, count, sums + i * step + c);
+                }
               };
               const auto finish_tile = [&](int64_t i, int64_t i_end, int64_t c, int64_t count) {
                 if (columns_cut != Cut::whole_blocks) finish_rows(i, i_end, c, count);
@@ -180,6 +195,23 @@ bool gemm_by_rows(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Ma
   return true;
 }
 
+// Many rows, but little work: each thread takes a part of C, whole rows or whole columns, and packs all that it needs,
+// for what another core has packed takes longer to arrive.
+template <class Products, class TA, class TB, class Finish>
+bool gemm_apart(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matrix<TB>& b, const Finish& finish,
+                Cut columns_cut, int64_t threads) {
+  const bool by_rows = M >= N || columns_cut == Cut::whole_blocks;
+  const int64_t length = by_rows ? M : N, step = by_rows ? TILE_ROWS : PANEL, steps = (length + step - 1) / step;
+  const int64_t fewest = (SHORTEST_PART + step - 1) / step, share = (steps + threads - 1) / threads;
+  Failure no_memory;
+  parallel_for(steps, share < fewest ? fewest : share, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * step, count = (end == steps ? length : end * step) - first;
+    const Part part = by_rows ? Part{first, count, 0, N} : Part{0, M, first, count};
+    if (!gemm_by_strips<Products>(part, K, a, b, finish, columns_cut, 1)) no_memory.set();
+  });
+  return !no_memory.happened();
+}
+
 // C (M, N) = A B^T over threads, A (M, K), B (N, K). finish(m, n, count, sums) takes `count` neighbours of row m from
 // column n: COLUMN_BLOCK of them from a multiple of it, but at the end, when they are cut in whole blocks. False when
 // there was no memory.
@@ -187,16 +219,20 @@ template <class Products, class TA, class TB, class Finish>
 bool gemm(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matrix<TB>& b, const Finish& finish,
           Cut columns_cut = Cut::as_threads_need) {
   if (M == 0 || N == 0) return true;
-  // A second thread pays from about 64k multiply-adds.
-  const int64_t threads = M * N * K < 65536 ? 1 : runtime.threads();
+  const int64_t work = M * N * K;
   if (M <= FEW_ROWS && a.depth == 1 && b.depth == 1 && K > 0) {
-    return gemm_few<Products>(M, N, K, a, b, finish, columns_cut, threads);
+    const bool alone = N * K <= ALONE_READ && work < ALONE;
+    return gemm_few<Products>(M, N, K, a, b, finish, columns_cut, alone ? 1 : runtime.threads());
+  }
+  const int64_t threads = work < ALONE ? 1 : runtime.threads();
+  if (threads > 1 && work < APART * threads) {
+    return gemm_apart<Products>(M, N, K, a, b, finish, columns_cut, threads);
   }
   // Each thread needs some blocks of rows, so that none waits for another at the end.
   if (columns_cut == Cut::as_threads_need && N <= 2 * M && M >= 4 * threads * ROW_BLOCK) {
     return gemm_by_rows<Products>(M, N, K, a, b, finish, threads);
   }
-  return gemm_by_strips<Products>(M, N, K, a, b, finish, columns_cut, threads);
+  return gemm_by_strips<Products>(Part{0, M, 0, N}, K, a, b, finish, columns_cut, threads);
 }
 
 }  // namespace

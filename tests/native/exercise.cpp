@@ -491,7 +491,7 @@ int main() {
       for (const int64_t width : {0, 1, 16, 33, 1040}) {
         for (const int64_t rows : {0, 1, 5, 99}) exercise_linear(kernels, rows, width, 103, dtype);
       }
-      exercise_linear(kernels, 530, 33, 103, dtype);  // so many that threads share the weight
+      exercise_linear(kernels, 530, 33, 103, dtype);  // each thread by itself
       for (const int64_t group : {16, 32, 128}) {
         for (const int64_t groups : {0, 1, 5}) {
           for (const int64_t rows : {0, 1, 7, 75}) {
@@ -524,6 +524,7 @@ int main() {
         exercise_attention(kernels, {2, 4, 2, 1, 700, 16, 24}, dtype, true);
       });
     }
+    exercise_linear(kernels, 530, 1040, 512, Dtype::float32);  // so many that threads share what they pack
     for (const KvDtype dtype : {KvDtype::bfloat16, KvDtype::int8}) {
       for (const Shape& shape : std::initializer_list<Shape>{{1, 1, 1, 1, 1, 1, 1},
                                                              {2, 6, 2, 1, 700, 64, 128},

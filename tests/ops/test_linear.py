@@ -181,9 +181,11 @@ def test_linear_many_rows_have_the_bits_of_few(backend: str) -> None:
     """The ways through a product differ in what threads share, and in how much of it at a time."""
     if backend == "reference" or native.module is None:
         pytest.skip("the definition's sums are torch's, whose order depends on the number of rows")
-    # The second is packed in two chunks of columns; the third has both gradients by rows, too.
+    # Of the first two each thread takes a part by itself, rows or columns. The third is packed in
+    # two chunks of columns; the fourth has both gradients by rows, too.
+    shapes = ((300, 1100, 150), (100, 300, 600), (700, 5000, 700), (1100, 600, 600))
     torch.set_num_threads(2)
-    for rows, width, outputs in ((300, 1100, 150), (700, 5000, 700), (1100, 300, 600)):
+    for rows, width, outputs in shapes:
         x, weight = torch.randn(rows, width), torch.randn(outputs, width)
         dy, bias = torch.randn(rows, outputs), torch.randn(outputs)
         levels = [c for c in REGISTRY["linear"].candidates if c.backend.startswith("cpu")]
