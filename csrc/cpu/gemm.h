@@ -23,8 +23,8 @@ constexpr int64_t CHUNK_WORDS = int64_t{1} << 20, LARGEST_CHUNK_WORDS = int64_t{
 
 // A second thread pays from so many values of B on, of which each is read once, or from so many multiply-adds on;
 constexpr int64_t ALONE_READ = int64_t{1} << 16, ALONE = int64_t{1} << 20;
-// memory that the threads share from so many on for each of them.
-constexpr int64_t APART = int64_t{1} << 27, SHORTEST_PART = 32;
+// memory that the threads share from so many on for each of them, or where a part would be shorter.
+constexpr int64_t APART = int64_t{1} << 27, SHORTEST_PART = 64;
 
 enum class Cut { as_threads_need, whole_blocks };
 
@@ -199,12 +199,10 @@ bool gemm_by_rows(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Ma
 // for what another core has packed takes longer to arrive.
 template <class Products, class TA, class TB, class Finish>
 bool gemm_apart(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matrix<TB>& b, const Finish& finish,
-                Cut columns_cut, int64_t threads) {
-  const bool by_rows = M >= N || columns_cut == Cut::whole_blocks;
+                Cut columns_cut, bool by_rows, int64_t threads) {
   const int64_t length = by_rows ? M : N, step = by_rows ? TILE_ROWS : PANEL, steps = (length + step - 1) / step;
-  const int64_t fewest = (SHORTEST_PART + step - 1) / step, share = (steps + threads - 1) / threads;
   Failure no_memory;
-  parallel_for(steps, share < fewest ? fewest : share, [&](int64_t begin, int64_t end) {
+  parallel_for(steps, (steps + threads - 1) / threads, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * step, count = (end == steps ? length : end * step) - first;
     const Part part = by_rows ? Part{first, count, 0, N} : Part{0, M, first, count};
     if (!gemm_by_strips<Products>(part, K, a, b, finish, columns_cut, 1)) no_memory.set();
@@ -225,8 +223,9 @@ bool gemm(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matrix<TB>
     return gemm_few<Products>(M, N, K, a, b, finish, columns_cut, alone ? 1 : runtime.threads());
   }
   const int64_t threads = work < ALONE ? 1 : runtime.threads();
-  if (threads > 1 && work < APART * threads) {
-    return gemm_apart<Products>(M, N, K, a, b, finish, columns_cut, threads);
+  const bool by_rows = M >= N || columns_cut == Cut::whole_blocks;
+  if (threads > 1 && work < APART * threads && (by_rows ? M : N) >= SHORTEST_PART * threads) {
+    return gemm_apart<Products>(M, N, K, a, b, finish, columns_cut, by_rows, threads);
   }
   // Each thread needs some blocks of rows, so that none waits for another at the end.
   if (columns_cut == Cut::as_threads_need && N <= 2 * M && M >= 4 * threads * ROW_BLOCK) {
