@@ -22,10 +22,11 @@ from torch import Tensor
 from llmcore import native
 
 from . import contest, engines, line_up, machine, plot, roofline, timing
-from .contest import QUIET
 from .engine_process import REST, Hosted, reason
 from .engines import HUGGING_FACE, LLAMA_CPP, OURS, Engine, Job
 from .report import JsonFile
+from .waiting import Waiting, is_disturbed
+from .waiting import waits as counted
 
 AFTER_32 = Job("decode after 32", 1, 32, 1, 16)
 AFTER_1024 = Job("decode after 1024", 1, 1024, 1, 16)
@@ -54,7 +55,7 @@ Q4_0 has 0.83 on eight rows of random ids, and is the fastest peer at four bits.
 READ_BYTES, READS = 256 << 20, 4
 """Of one call of the probe, and how many calls are a turn."""
 
-FORMAT = 1
+FORMAT = 2
 """Of the JSON; goes up when a field changes its meaning."""
 
 SHADES = {
@@ -80,7 +81,10 @@ QUICK = Rounds(0.0, 2, 2)
 
 @dataclass(frozen=True)
 class Speed:
-    """One engine at one job: seconds of a pass by rounds, or why there are none."""
+    """One engine at one job: seconds of a pass by rounds, or why there are none.
+
+    waited  the median share of a turn for which its threads waited for a core, where it is known
+    """
 
     name: str
     side: str
@@ -88,25 +92,30 @@ class Speed:
     seconds: tuple[float, ...] = ()
     why_not: str = ""
     likeness: float | None = None
+    waited: float | None = None
 
     @property
     def median(self) -> float:
         return timing.quantile(self.seconds, 0.5) if self.seconds else float("inf")
 
+    @property
+    def is_noisy(self) -> bool:
+        """Whether other programs ran on the cores in most of its turns."""
+        return is_disturbed(self.waited)
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """A job: everybody's speed, and this machine's limits in the same minutes (None: unknown)."""
+    """A job: everybody's speed, and this machine's limits in the same minutes (None: unknown).
+
+    waited  the share of the probe's reads for which its threads waited for a core
+    """
 
     job: Job
     speeds: list[Speed]
     read: float | None = None
     peaks: dict[str, float] = field(default_factory=dict)
-    cores: float | None = None
-
-    @property
-    def is_noisy(self) -> bool:
-        return self.cores is not None and self.cores < QUIET
+    waited: float | None = None
 
     def rate(self, speed: Speed) -> float:
         """Tokens a second."""
@@ -137,22 +146,28 @@ class Line:
     share: float | None
 
     @property
-    def peer(self) -> Speed | None:
-        return self.outcome.best(*PEERS, width=self.ours.width)
+    def peers(self) -> dict[str, Speed | None]:
+        """The best of the same width, llama.cpp's best, eager float32, the best of all."""
+        best, width = self.outcome.best, self.ours.width
+        return {
+            "peer": best(*PEERS, width=width),
+            "llama.cpp": best(LLAMA_CPP, width=width),
+            "HF eager": best(HUGGING_FACE, width="fp32", name="HF eager"),
+            "all": best(*PEERS),
+        }
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether other programs disturbed ours, those it is compared with, or the reads."""
+        speeds = [self.ours, *(peer for peer in self.peers.values() if peer)]
+        return is_disturbed(self.outcome.waited) or any(speed.is_noisy for speed in speeds)
 
     def against(self, peer: Speed | None) -> float | None:
         return peer.median / self.ours.median if peer and self.ours.seconds else None
 
     @property
     def ratios(self) -> dict[str, float | None]:
-        """To the best peer of the same width, llama.cpp's best, eager float32, the best of all."""
-        best, width = self.outcome.best, self.ours.width
-        return {
-            "peer": self.against(self.peer),
-            "llama.cpp": self.against(best(LLAMA_CPP, width=width)),
-            "HF eager": self.against(best(HUGGING_FACE, width="fp32", name="HF eager")),
-            "all": self.against(best(*PEERS)),
-        }
+        return {name: self.against(peer) for name, peer in self.peers.items()}
 
     @property
     def goals(self) -> dict[str, float]:
@@ -183,7 +198,7 @@ class Line:
             "ratios": self.ratios,
             "goals": self.goals,
             "reached": self.reached,
-            "noisy": outcome.is_noisy,
+            "noisy": self.is_noisy,
         }
 
 
@@ -227,9 +242,9 @@ def timed(
     has_native = native.module is not None
     read = roofline.read(READ_BYTES, huge_pages=True) if has_native else None
     seconds: list[list[float]] = [[] for _ in ready]
+    waits: list[list[float]] = [[] for _ in [*ready, read]]  # the reads' are the last
     failed: dict[int, str] = {}
     reads: list[float] = []
-    before = roofline.cores_had() if has_native else None
     start, number = time.perf_counter(), 0
     with timing.no_collection():
         while number < rounds.fewest or (
@@ -238,21 +253,36 @@ def timed(
             for i in timing.turns(len(ready) + 1, number):
                 if i in failed:
                     continue
+                waited = None
                 if i < len(ready):
+                    engine = ready[i][1]
                     try:
-                        seconds[i].append(ready[i][1].seconds())
+                        seconds[i].append(engine.seconds())
+                        waited = engine.waited
                     except Exception as error:  # a process that died; the others go on
                         failed[i] = reason(error)
                 elif read is not None:
+                    waiting = Waiting()
                     reads += [clocked(read.call) for _ in range(READS)]
+                    waited = waiting.share()
                     time.sleep(REST)
+                if waited is not None:
+                    waits[i].append(waited)
             number += 1
     for i, ((place, _), found) in enumerate(zip(ready, seconds, strict=True)):
-        result = {"why_not": failed[i]} if i in failed else {"seconds": tuple(found)}
-        speeds[place] = dataclasses.replace(speeds[place], **result)
-    cores = min(before, roofline.cores_had()) if before is not None else None
+        if i in failed:
+            speeds[place] = dataclasses.replace(speeds[place], why_not=failed[i])
+        else:
+            speeds[place] = dataclasses.replace(
+                speeds[place], seconds=tuple(found), waited=median_of(waits[i])
+            )
     rate = read.amount / timing.quantile(reads, 0.5) if read is not None else None
-    return Outcome(job, speeds, rate, peaks() if job.is_prefill and has_native else {}, cores)
+    limits = peaks() if job.is_prefill and has_native else {}
+    return Outcome(job, speeds, rate, limits, median_of(waits[-1]))
+
+
+def median_of(shares: Sequence[float]) -> float | None:
+    return timing.quantile(shares, 0.5) if shares else None
 
 
 def peaks() -> dict[str, float]:
@@ -304,7 +334,7 @@ TITLE = (
 
 
 def text_of(line: Line) -> str:
-    outcome, peer = line.outcome, line.peer
+    outcome, peer = line.outcome, line.peers["peer"]
     named = f"{peer.name} {outcome.rate(peer):.1f}" if peer else "none"
     share = "?" if line.share is None else f"{100 * line.share:.0f} %"
     cells = {n: "?" if r is None else f"{r:.2f}x" for n, r in line.ratios.items()}
@@ -313,7 +343,7 @@ def text_of(line: Line) -> str:
     return (
         f"{outcome.job.name + ' ' + line.ours.width:<28}{outcome.rate(line.ours):>8.1f}{share:>10}"
         f"  {named:<40}{cells['peer']:>7}{cells['llama.cpp']:>11}{cells['HF eager']:>10}"
-        f"{cells['all']:>10}  {goals:<30}{word}{'  NOISY' if outcome.is_noisy else ''}"
+        f"{cells['all']:>10}  {goals:<30}{word}{'  NOISY' if line.is_noisy else ''}"
     )
 
 
@@ -328,7 +358,8 @@ def everybody(outcome: Outcome) -> Iterator[str]:
         low, high = (outcome.job.tokens / timing.quantile(speed.seconds, q) for q in (0.75, 0.25))
         like = "" if speed.likeness is None else f"   logits {speed.likeness:.4f}"
         rate = f"{outcome.rate(speed):>8.1f} ({low:.1f}-{high:.1f})"
-        yield f"    {speed.name:<34}{rate:<28}{len(speed.seconds)} rounds{like}"
+        noisy = f"   NOISY: waited {100 * (speed.waited or 0):.0f} %" if speed.is_noisy else ""
+        yield f"    {speed.name:<34}{rate:<28}{len(speed.seconds)} rounds{like}{noisy}"
 
 
 def outside_text(found: Outside) -> str:
@@ -400,6 +431,8 @@ def run(args: argparse.Namespace, threads: int) -> int:
     rounds = QUICK if args.quick else Rounds()
     found = Found({**dataclasses.asdict(rounds), "shape": args.shape, "threads": threads})
     print(f"\n{args.shape}, {threads} threads; medians (quartiles) of rounds", flush=True)
+    if not counted():
+        print("    this system doesn't say how long threads wait for a core: noise is not seen")
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)

@@ -27,13 +27,11 @@ from . import machine, memory, roofline
 from .cases import DTYPES, Case, Peer
 from .shapes import BACKWARD, BOTH, INTO
 from .timing import Contender, Plan, Timing, measure
+from .waiting import Waiting, is_disturbed
 
 COARSE = 0.25
 """A peer's error that still counts as rounding, as a share of the largest value: torch's bfloat16
 layer_norm has dweight off by 7 % at 4096 x 768."""
-
-QUIET = 0.95
-"""The share of the cores from which on a result counts as undisturbed."""
 
 DEFINITION, TORCH, OTHERS, OURS = "definition", "torch", "other library", "llmcore"
 """Whose a contender is."""
@@ -88,7 +86,7 @@ class Result:
     """A case on so many threads: its contenders, its limit's name and rate.
 
     The rate is in bytes or operations a second; None without native kernels, and `limit` says why.
-    `cores` is the share of the threads' cores that this process had.
+    `waited` is the share of the time for which threads waited for a core, where that is known.
     """
 
     case: Case
@@ -96,7 +94,7 @@ class Result:
     limit: str
     rate: float | None
     entries: list[Entry] = field(default_factory=list)
-    cores: float | None = None
+    waited: float | None = None
 
     def share(self, entry: Entry) -> float | None:
         """The part of this machine's limit that a contender reaches."""
@@ -118,7 +116,7 @@ class Result:
     @property
     def is_noisy(self) -> bool:
         """Whether other processes ran on the cores meanwhile."""
-        return self.cores is not None and self.cores < QUIET
+        return is_disturbed(self.waited)
 
     @property
     def failed(self) -> bool:
@@ -349,16 +347,16 @@ def hold(case: Case, threads: int, settings: Settings) -> Result:
         if native.module is not None:
             limit = roofline.limit(work.bound, dtype, work.bytes, case.shape.sets)
         contenders = [contender for _, contender in admitted if contender is not None]
-        before = roofline.cores_had() if limit else None
+        waiting = Waiting()
         timings = measure(([limit.contender()] if limit else []) + contenders, settings.plan)
-        cores = min(before, roofline.cores_had()) if before is not None else None
+        waited = waiting.share()
         rate = limit.rate(timings.pop(0)) if limit else None
         remaining = iter(timings)
         entries = [
             entry if contender is None else measured(entry, contender, next(remaining))
             for entry, contender in admitted
         ]
-    return Result(case, threads, limit.name if limit else native.why_not, rate, entries, cores)
+    return Result(case, threads, limit.name if limit else native.why_not, rate, entries, waited)
 
 
 def measured(entry: Entry, contender: Contender, timing: Timing) -> Entry:

@@ -14,7 +14,6 @@ import signal
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +21,13 @@ from torch import Tensor
 
 from . import timing
 from .engines import Engine, Job
+from .waiting import Waiting, is_disturbed
 
 REST = 0.02
 """Seconds after a turn: threads spin for some milliseconds behind their work."""
 
-DISTURBED, TRIES = 0.05, 3
-"""The share of a turn for which threads may have waited for a core before the turn is repeated, and
-how often it is taken at most; the least disturbed one counts."""
+TRIES = 3
+"""How often a disturbed turn is taken at most; the least disturbed one counts."""
 
 
 class Refused(RuntimeError):
@@ -74,11 +73,12 @@ class Hosted(Engine):
         return None if logits is None else torch.from_numpy(logits)
 
     def seconds(self) -> float:
-        found: list[tuple[float, float]] = []
-        while not found or (found[-1][0] > DISTURBED and len(found) < TRIES):
+        found: list[tuple[float | None, float]] = []
+        while not found or (is_disturbed(found[-1][0]) and len(found) < TRIES):
             found.append(self.ask("seconds"))
             time.sleep(REST)
-        return min(found)[1]
+        self.waited, seconds = min(found, key=lambda turn: turn[0] or 0.0)
+        return seconds
 
     def bytes_of(self, job: Job) -> int:
         count: int = self.ask("bytes_of", job)
@@ -130,18 +130,7 @@ def call(engine: Engine, method: str, arguments: tuple[Any, ...]) -> Any:
         logits = engine.prepare(job, torch.from_numpy(ids))
         return None if logits is None else logits.numpy()
     if method == "seconds":
-        before, start = waiting(), time.perf_counter()
+        waiting = Waiting()
         seconds = engine.seconds()
-        waited = sum(s - before.get(task, 0.0) for task, s in waiting().items())
-        return waited / (time.perf_counter() - start), seconds
+        return waiting.share(), seconds
     return getattr(engine, method)(*arguments)
-
-
-def waiting() -> dict[str, float]:
-    """Seconds for which each thread of this process had work and no core; empty where nobody counts
-    them."""
-    found = {}
-    for task in Path("/proc/self/task").glob("*/schedstat"):
-        with contextlib.suppress(OSError):  # ended meanwhile
-            found[task.parent.name] = int(task.read_text().split()[1]) / 1e9
-    return found

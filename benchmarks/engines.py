@@ -65,6 +65,8 @@ class Engine(ABC):
     name: str
     side: str
     width: str
+    waited: float | None = None
+    """The share of its last turn for which its threads waited for a core, where that is known."""
 
     @abstractmethod
     def prepare(self, job: Job, ids: Tensor) -> Tensor | None:

@@ -14,7 +14,7 @@ from .overhead import STATES, Cost
 from .roofline import Limit
 from .table import Line
 
-FORMAT = 1
+FORMAT = 2
 """Of the JSON; goes up when a field changes its meaning."""
 
 
@@ -72,7 +72,7 @@ def case_json(result: Result) -> dict[str, Any]:
         "bound": work.bound,
         "limit": result.limit,
         "limit_rate": None if result.rate is None else result.rate / 1e9,
-        "cores_had": result.cores,
+        "waited": result.waited,
         "contenders": [entry_json(result, entry) for entry in result.entries],
     }
 
@@ -116,8 +116,8 @@ def headline(result: Result) -> str:
     if result.rate is None:
         return f"    {need}; limit unknown: {result.limit}"
     line = f"    {need}; limit: {result.limit}, {result.rate / 1e9:.1f} {work.unit}"
-    if result.is_noisy and result.cores is not None:
-        line += f"; NOISY: this process had {100 * result.cores:.0f} % of its cores"
+    if result.is_noisy and result.waited is not None:
+        line += f"; NOISY: threads waited for a core, {100 * result.waited:.0f} % of the time"
     return line
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -70,16 +69,6 @@ def fma() -> Probe:
     result = results()
     call = functools.partial(raw("fma"), CHAIN_ROUNDS, result)
     return Probe("FMA peak", call, call(), is_peak=True)
-
-
-def cores_had(calls: int = 10) -> float:
-    """The share of torch's threads' cores that this process gets; below 1 others run on them."""
-    probe = fma()
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(calls):
-        probe.call()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return cpu / (wall * torch.get_num_threads())
 
 
 def bf16_pairs() -> Probe | None:

@@ -186,10 +186,10 @@ def test_bench_shares_and_ratios() -> None:
     assert result.share(entries[2]) == pytest.approx(0.5)
     assert result.against_torch(entries[2]) == pytest.approx(2.0)
     assert "faster in 1 of 1" in next(report.summary_lines([result]))
-    noisy = dataclasses.replace(result, cores=0.6)
+    noisy = dataclasses.replace(result, waited=0.4)
     assert noisy.is_noisy and not result.is_noisy
     assert next(report.summary_lines([noisy, result])).startswith("  NOISY: in 1 of 2 cases")
-    assert next(report.case_lines(noisy)).endswith("this process had 60 % of its cores")
+    assert next(report.case_lines(noisy)).endswith("threads waited for a core, 40 % of the time")
     slow = contest.Entry("llmcore cpu", contest.OURS, Timing((2e-3,), 1))
     loss = contest.Result(case, 1, "copy", None, [*entries[:2], slow])
     lines = list(report.summary_lines([result, loss]))

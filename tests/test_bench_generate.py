@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,12 @@ def speed(name: str, side: str, width: str, seconds: float) -> bench_generate.Sp
     return bench_generate.Speed(name, side, width, (seconds,))
 
 
+def outcome(job: engines.Job, *speeds: Any, **found: Any) -> bench_generate.Outcome:
+    return bench_generate.Outcome(job, list(speeds), **found)
+
+
 def line(job: engines.Job, ours: bench_generate.Speed, *peers: Any) -> bench_generate.Line:
-    return bench_generate.Line(bench_generate.Outcome(job, [ours, *peers]), ours, None)
+    return bench_generate.Line(outcome(job, ours, *peers), ours, None)
 
 
 def test_bench_generate_goals() -> None:
@@ -55,7 +60,27 @@ def test_bench_generate_goals() -> None:
     assert line(bench_generate.EIGHT, ours, llama, eager).reached is None
     prefill = line(bench_generate.PREFILL, ours, llama, eager)
     assert prefill.reached is True and prefill.ratios["all"] == 1.5
-    assert prefill.peer is llama
+    assert prefill.peers["peer"] is llama
+
+
+def test_bench_generate_says_which_rows_are_noisy() -> None:
+    ours = speed("llmcore int8", engines.OURS, "int8", 1.0)
+    llama = speed("llama.cpp Q8_0", engines.LLAMA_CPP, "int8", 1.5)
+    other = speed("llama.cpp F32", engines.LLAMA_CPP, "fp32", 3.0)
+    calm, disturbed = (dataclasses.replace(llama, waited=share) for share in (0.04, 0.06))
+    job = bench_generate.AFTER_32
+    for row, noisy in (
+        (line(job, ours, llama), False),  # nobody counted
+        (line(job, ours, calm), False),
+        (line(job, ours, disturbed), True),
+        (line(job, ours, calm, dataclasses.replace(other, waited=0.9)), False),  # not compared
+        (line(job, dataclasses.replace(ours, waited=0.06), calm), True),
+        (dataclasses.replace(line(job, ours), outcome=outcome(job, ours, waited=0.06)), True),
+    ):
+        assert row.is_noisy is noisy
+        assert bench_generate.text_of(row).endswith("NOISY") is noisy
+    said = "\n".join(bench_generate.everybody(outcome(job, ours, disturbed)))
+    assert said.count("NOISY: waited 6 %") == 1
 
 
 @pytest.mark.parametrize("job", [DECODE, PREFILL], ids=lambda job: job.name)
@@ -137,9 +162,11 @@ def test_bench_generate_repeats_a_disturbed_turn(monkeypatch: pytest.MonkeyPatch
     hosted = object.__new__(engine_process.Hosted)
     turns = iter([(0.5, 1.0), (0.1, 3.0), (0.01, 2.0), (0.0, 4.0)])
     monkeypatch.setattr(hosted, "ask", lambda method: next(turns))
-    assert hosted.seconds() == 2.0
+    assert (hosted.seconds(), hosted.waited) == (2.0, 0.01)
     turns = iter([(0.5, 1.0), (0.1, 3.0), (0.3, 2.0), (0.0, 4.0)])
-    assert hosted.seconds() == 3.0
+    assert (hosted.seconds(), hosted.waited) == (3.0, 0.1)
+    turns = iter([(None, 5.0), (0.0, 4.0)])  # nobody counts
+    assert (hosted.seconds(), hosted.waited) == (5.0, None)
 
 
 @needs_native

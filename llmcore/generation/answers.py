@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from llmcore.generation.batch import Task, steps
 from llmcore.generation.sampling import log_probabilities
 
@@ -25,6 +27,7 @@ class Answer:
     text: str | None
 
 
+@torch.no_grad()
 def answers(task: Task, *, logprobs: bool = False) -> list[Answer]:
     """The answers to all prompts, in their order."""
     found = dict(finished(task, logprobs=logprobs))
@@ -42,12 +45,11 @@ def finished(task: Task, *, logprobs: bool = False) -> Iterator[tuple[int, Answe
         return Answer(tokens.pop(row), chances.pop(row), finish, text)
 
     for step in steps(task):
-        rows = step.rows.tolist()
         if logprobs:
-            found = log_probabilities(step.logits, step.tokens).tolist()
-            for row, chance in zip(rows, found, strict=True):
+            found = log_probabilities(step.logits, step.tokens)
+            for row, chance in zip(step.rows, found, strict=True):
                 chances[row].append(chance)
-        for row, token, ended in zip(rows, step.tokens.tolist(), step.ended.tolist(), strict=True):
+        for row, token, ended in zip(step.rows, step.tokens, step.ended, strict=True):
             tokens[row].append(token)
             if ended or len(tokens[row]) == task.max_new_tokens:
                 yield row, answer(row, "stop" if ended else "length")

@@ -1,6 +1,7 @@
 """Reading text into a cache, block by block, and only what the cache doesn't hold already."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -79,14 +80,15 @@ def run(
 
     last_only  those of each row's last token, (B, 1, V); else, behind a row's end they mean nothing
     """
-    device = model.device
+    device = cache.device or model.device
     counts = [len(row) for row in rows]
     longest, mask = max(counts), None
     if min(counts) < longest:
         steps = torch.arange(longest, device=device)
         mask = steps < torch.tensor(counts, device=device)[:, None]
         rows = [[*row, *[0] * (longest - len(row))] for row in rows]
-    with torch.no_grad():
+    # To enter it twice is a hundredth of a short pass.
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         return model(torch.tensor(rows, device=device), cache, mask, last_only=last_only)
 
 

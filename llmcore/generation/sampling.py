@@ -61,16 +61,17 @@ class Sampling:
         if filters and self.temperature == 0.0:
             raise ValueError(f"{filters[0]} chooses nothing at temperature 0: set a temperature")
 
-    def choose(self, logits: Tensor, samplers: "Sequence[Sampler]") -> Tensor:
-        """(B, V) -> (B,) int64: the next token of B sequences, each by its own sampler.
+    def choose(self, rows: np.ndarray, samplers: "Sequence[Sampler]") -> list[int]:
+        """Logits (B, V), float32 -> the next token of B sequences, each by its own sampler.
 
         ValueError for a row with NaN or +inf, or of -inf only.
         """
-        rows = logits.detach().float().cpu().numpy()
         if self.repetition_penalty != 1.0:
             rows = np.stack([self._penalised(*pair) for pair in zip(rows, samplers, strict=True)])
-        tokens = rows.argmax(axis=-1).tolist()  # the first of equals; NaN counts as the highest
-        best = [float(row[token]) for row, token in zip(rows, tokens, strict=True)]
+        tokens: list[int] = rows.argmax(
+            axis=-1
+        ).tolist()  # the first of equals; NaN counts as the highest
+        best: list[float] = [row.item(token) for row, token in zip(rows, tokens, strict=True)]
         _check_best(best)
         if self.temperature > 0.0:
             # Numbers too large for float32 end as inf, which is what they are here.
@@ -80,7 +81,7 @@ class Sampling:
         if self.repetition_penalty != 1.0:
             for sampler, token in zip(samplers, tokens, strict=True):
                 sampler.record(token)
-        return torch.tensor(tokens, device=logits.device)
+        return tokens
 
     def _penalised(self, row: np.ndarray, sampler: "Sampler") -> np.ndarray:
         seen, row = sampler.seen, row.copy()  # the caller's stays what the model said
@@ -188,9 +189,16 @@ def samplers_of(
     return [Sampler(s, prompt) for s, prompt in zip(seeds, prompts, strict=True)]
 
 
-def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
-    """(K, V), (K,) -> (K,) float32: log softmax(logits) of these tokens, nothing else applied."""
-    return logits.float().log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
+def rows_of(logits: Tensor) -> np.ndarray:
+    """Logits as float32 numbers on the CPU, as `Sampling` takes them: the same memory if it can."""
+    return logits.float().numpy(force=True)
+
+
+def log_probabilities(logits: Tensor, tokens: Sequence[int]) -> list[float]:
+    """(K, V) -> log softmax(logits) of K tokens, in float32, nothing else applied."""
+    places = torch.tensor(tokens, device=logits.device)[:, None]
+    found: list[float] = logits.float().log_softmax(dim=-1).gather(1, places)[:, 0].tolist()
+    return found
 
 
 def _place(weights: np.ndarray, draw: float) -> int:

@@ -2,9 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 
-import torch
-from torch import Tensor
-
 from llmcore.text.tokenizer import Tokenizer
 
 
@@ -80,15 +77,15 @@ class Stopping:
         if tokenizer is not None:
             self.texts = [AnswerText(tokenizer, stops) for _ in range(batch)]
 
-    def ended(self, rows: Tensor, tokens: Tensor) -> Tensor:
-        """(K,) bool: for each of these sequences (K,) whether its new token (K,) is its last."""
-        ended = [token in self.ends for token in tokens.tolist()]
+    def ended(self, rows: Sequence[int], tokens: Sequence[int]) -> list[bool]:
+        """Of each of these sequences whether its new token is its last."""
+        ended = [token in self.ends for token in tokens]
         if self.texts is not None:
-            for place, (row, token) in enumerate(zip(rows.tolist(), tokens.tolist(), strict=True)):
+            for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
                 if not ended[place]:  # an end token is no part of the text
                     self.texts[row].push(token)
                     ended[place] = self.texts[row].stopped
-        return torch.tensor(ended, device=tokens.device)
+        return ended
 
 
 def read_stop(

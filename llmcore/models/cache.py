@@ -41,9 +41,8 @@ class KVCache(Cache):
         self.capacity = min(capacity, config.context_length)
         self.static = static
 
-    def reserve(self, like: Tensor, counts: Tensor | None) -> Span:
-        self._check(like)
-        new = like.shape[1]
+    def reserve(self, new: int, like: Tensor, counts: Tensor | None) -> Span:
+        self._check(like.shape[0], new)
         self._make_room(new, like)
         used, forgotten = (_same_or_tensor(n, like) for n in (self._used, self._forgotten))
         end = max(self._used) + new

@@ -165,6 +165,11 @@ class Cache(ABC):
         return self.buffers.values
 
     @property
+    def device(self) -> torch.device | None:
+        """Where its tokens are; None before the first pass."""
+        return self.keys[0].device if self.keys else None
+
+    @property
     def counts(self) -> list[int]:
         """The tokens of each sequence."""
         return [n + m for n, m in zip(self._used, self._forgotten, strict=True)]
@@ -179,10 +184,10 @@ class Cache(ABC):
         return max(self.counts, default=0)
 
     @abstractmethod
-    def reserve(self, like: Tensor, counts: Tensor | None) -> Span:
-        """Room for the new tokens of a pass.
+    def reserve(self, new: int, like: Tensor, counts: Tensor | None) -> Span:
+        """Room for the new tokens of a pass, T = `new` of each sequence.
 
-        like    (B, T, C): the new tokens' vectors; gives T, dtype and device
+        like    (B, ...): of the dtype that keys and values are computed in, and where they are
         counts  (B,) int64: how many of the T belong to each sequence (the first ones); None = all
 
         ValueError for another batch, more tokens than the model's context, or a cache that is full.
@@ -281,8 +286,7 @@ class Cache(ABC):
         unseen = self._first_seen(self._used[row] + forgotten) - forgotten
         return max(0, unseen) // unit * unit
 
-    def _check(self, like: Tensor) -> None:
-        batch, new = like.shape[:2]
+    def _check(self, batch: int, new: int) -> None:
         if batch != self.batch:
             raise ValueError(f"this cache holds {self.batch} sequences, got ids of {batch}")
         if len(self) + new > self.config.context_length:

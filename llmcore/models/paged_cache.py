@@ -71,17 +71,16 @@ class PagedKVCache(Cache):
         if self._table is None:
             columns = max(map(len, self._tables), default=0)
             rows = [pages + [0] * (columns - len(pages)) for pages in self._tables]
-            device = self.keys[0].device if self.keys else None
-            self._table = torch.tensor(rows, dtype=torch.int64, device=device)
+            self._table = torch.tensor(rows, dtype=torch.int64, device=self.device)
         return self._table
 
     @property
     def pages_in_use(self) -> int:
         return len(self._users) - len(self._free)
 
-    def reserve(self, like: Tensor, counts: Tensor | None) -> PagedSpan:
-        self._check(like)
-        new, device = like.shape[1], like.device
+    def reserve(self, new: int, like: Tensor, counts: Tensor | None) -> PagedSpan:
+        self._check(like.shape[0], new)
+        device = like.device
         self._make_pools(like)
         added = [new] * self.batch if counts is None else counts.tolist()
         for row, count in enumerate(added):

@@ -79,8 +79,10 @@ class Plan:
         assert model.norm is not None
         self.dtype = model.dtype
         self.tensors: list[Tensor] = []
-        self._angles: dict[bool, tuple[Tensor, Tensor]] = {}
-        self._buffers, self._addresses = Buffers(), _addresses(Buffers())
+        none = torch.empty(0, 0)
+        self._angles = {of_windows: (none, none) for of_windows in (False, True)}
+        self._buffers: Buffers | None = None
+        self._held: dict[str, Any] = {}  # what the native call is told of them
         position = model.position_embedding
         embedding = self._linear(model.embedding)
         head = model.embedding if model.head is None else model.head
@@ -111,12 +113,13 @@ class Plan:
     @classmethod
     def of(cls, model: Decoder, cache: Cache) -> Plan | None:
         """The plan of this pass, kept with the cache; None when `refuses` has a reason."""
-        if refuses_call() or refuses_cache(model, cache) or refuses_config(model.config):
+        if refuses_call() or refuses_cache(model, cache):
             return None
         backend = dispatch.forced or "cpu"
         plan = cache.plan
         if plan is None or plan.model is not model or plan.backend != backend:
-            plan = None if refuses_model(model) else cls(model, backend)
+            refused = refuses_config(model.config) or refuses_model(model)
+            plan = None if refused else cls(model, backend)
             cache.plan = plan
         return plan
 
@@ -128,12 +131,12 @@ class Plan:
         """
         batch, new = ids.shape
         config = self.model.config
-        span = cache.reserve(torch.empty(batch, new, 0, dtype=self.dtype), counts)
+        logits = torch.empty(batch, 1 if last_only else new, config.vocab_size, dtype=self.dtype)
+        span = cache.reserve(new, logits, counts)
         ids = ids.to(torch.int64).contiguous()
         last = None
         if last_only and new > 1:
             last = torch.full((batch,), new - 1) if counts is None else (counts - 1).clamp(min=0)
-        logits = torch.empty(batch, 1 if last_only else new, config.vocab_size, dtype=self.dtype)
         starts = span.q_offset if isinstance(span.q_offset, Tensor) else None
         positions = None  # as the slots, unless a window has let tokens go
         if config.window is not None:
@@ -148,18 +151,9 @@ class Plan:
             table=getattr(span, "table", None),
             page_length=getattr(cache, "page_length", 0),
         )
-        scales = cache.buffers.key_scales
-        self._forward(
-            ids,
-            logits,
-            slots,
-            last,
-            len(cache) + new,
-            buffers=self._addresses_of(cache.buffers),
-            kv_dtype=_kv_dtype(cache.dtype),
-            cache_strides=cache.keys[0].stride()[:3],
-            scale_strides=scales[0].stride() if scales else (0, 0, 0),
-        )
+        if cache.buffers is not self._buffers:
+            self._buffers, self._held = cache.buffers, _held(cache.buffers, cache.dtype)
+        self._forward(ids, logits, slots, last, len(cache) + new, **self._held)
         cache.commit(span)
         return self.model.capped(logits)
 
@@ -199,19 +193,13 @@ class Plan:
             **buffers,
         )
 
-    def _addresses_of(self, buffers: Buffers) -> list[list[int]]:
-        """Where a cache's buffers lie: found once, for a cache that moves has other buffers."""
-        if buffers is not self._buffers:
-            self._buffers, self._addresses = buffers, _addresses(buffers)
-        return self._addresses
-
     def _angles_to(self, end: int, *, of_windows: bool = False) -> tuple[Tensor, Tensor]:
         """cos and sin of the positions below `end`, and of some more: computed once."""
-        found = self._angles.get(of_windows, (torch.empty(0, 0), torch.empty(0, 0)))
-        if self.model.position_embedding is None and len(found[0]) < end:
+        cos, sin = self._angles[of_windows]
+        if cos.shape[0] < end and self.model.position_embedding is None:
             count = min(2 * end, max(end, self.model.config.context_length))
-            found = self._angles[of_windows] = self._rotations(torch.arange(count), of_windows)
-        return found
+            cos, sin = self._angles[of_windows] = self._rotations(torch.arange(count), of_windows)
+        return cos, sin
 
     def _rotations(self, positions: Tensor, of_windows: bool) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 (positions, R / 2), contiguous."""
@@ -249,7 +237,7 @@ class Plan:
     def _norm(self, norm: Norm | None) -> Any:
         assert native.module is not None
         if norm is None:
-            return native.module.NormWeight(weight=0, bias=0)
+            return _no_norm()
         return native.module.NormWeight(weight=self._at(norm.weight), bias=self._at(norm.bias))
 
     def _linear(self, module: Packable, bias: Tensor | None = None) -> Any:
@@ -292,17 +280,18 @@ def refuses_call() -> list[str]:
         reasons.append("autocast is on")
     if torch.compiler.is_compiling():
         reasons.append("torch.compile traces the modules")
-    if dispatch.forced is not None and dispatch.forced.partition("_")[0] != "cpu":
-        reasons.append(f"{dispatch.forced} is forced")
-    elif native.module is not None and _level(dispatch.forced or "cpu") is None:
-        reasons.append(f"this machine doesn't run {dispatch.forced}")
+    if dispatch.forced is not None:
+        if dispatch.forced.partition("_")[0] != "cpu":
+            reasons.append(f"{dispatch.forced} is forced")
+        elif native.module is not None and _level(dispatch.forced) is None:
+            reasons.append(f"this machine doesn't run {dispatch.forced}")
     return reasons
 
 
 def refuses_cache(model: Decoder, cache: Cache) -> list[str]:
     """Why passes over this cache go module by module; empty when they need not."""
-    reasons, dtype = [], model.dtype
-    if cache.dtype is not None and dtype != torch.float32:
+    reasons = []
+    if cache.dtype is not None and (dtype := model.dtype) != torch.float32:
         reasons.append(f"a cache in {cache.dtype} beside activations in {dtype}: float32 is needed")
     if model.training and model.config.dropout:
         reasons.append("dropout in training")
@@ -314,12 +303,13 @@ def refuses_cache(model: Decoder, cache: Cache) -> list[str]:
 def refuses_model(model: Decoder) -> list[str]:
     """Why this model's passes go module by module; empty when they need not."""
     reasons = list(refuses_config(model.config))
+    tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
+        tensors |= {f"{name}.{n}": t for n, t in module._parameters.items() if t is not None}
         if module is not model and type(module) not in KNOWN:
             reasons.append(f"{name} is a {type(module).__name__} of someone else's")
         if module._forward_hooks or module._forward_pre_hooks:
             reasons.append(f"{name or 'the model'} has a forward hook")
-    tensors = dict(model.named_parameters())
     reasons += native.refuses_tensors(*tensors.values())
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) > 1:
@@ -354,6 +344,14 @@ def _level(backend: str) -> int | None:
     return list(levels).index(level) if levels.get(level) == "" else None
 
 
+@functools.lru_cache
+def _no_norm() -> Any:
+    """What stands for a norm that a model doesn't have."""
+    assert native.module is not None
+    return native.module.NormWeight(weight=0, bias=0)
+
+
+@functools.lru_cache
 def _dtype(dtype: torch.dtype) -> Any:
     assert native.module is not None
     return getattr(native.module.Dtype, str(dtype).removeprefix("torch."))
@@ -386,12 +384,14 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _addresses(buffers: Buffers) -> list[list[int]]:
-    lists = (buffers.keys, buffers.values, buffers.key_scales, buffers.value_scales)
-    return [[tensor.data_ptr() for tensor in tensors] for tensors in lists]
-
-
-def _kv_dtype(dtype: str | None) -> Any:
+def _held(buffers: Buffers, dtype: str | None) -> dict[str, Any]:
+    """What the native pass is told of a cache: a cache that moves has other buffers."""
     assert native.module is not None
+    lists = (buffers.keys, buffers.values, buffers.key_scales, buffers.value_scales)
     names = {None: "same", "bf16": "bfloat16", "int8": "int8"}
-    return getattr(native.module.KvDtype, names[dtype])
+    return {
+        "buffers": [[tensor.data_ptr() for tensor in tensors] for tensors in lists],
+        "kv_dtype": getattr(native.module.KvDtype, names[dtype]),
+        "cache_strides": buffers.keys[0].stride()[:3],
+        "scale_strides": buffers.key_scales[0].stride() if buffers.key_scales else (0, 0, 0),
+    }

@@ -116,14 +116,15 @@ class Stack(nn.Module):
         """
         if cu_seqlens is not None:
             self._check_packed(cache, counts)
-        span = self._span(vectors, counts) if cache is None else cache.reserve(vectors, counts)
+        new = vectors.shape[1]
+        span = self._span(vectors, counts) if cache is None else cache.reserve(new, vectors, counts)
         positions = span.positions
         if cu_seqlens is not None:
             positions = places(vectors.flatten(0, 1), cu_seqlens)[1].view(vectors.shape[:2])
             if not torch.compiler.is_compiling():  # a graph doesn't know the lengths
                 self._check_length(int(cu_seqlens.diff().max()))
         elif cache is None:
-            self._check_length(vectors.shape[1])
+            self._check_length(new)
         stream = self._placed(vectors, positions)
         now = self._pass(span, positions, stream, cache, source, cu_seqlens)
         branch = None

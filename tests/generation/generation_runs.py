@@ -28,9 +28,9 @@ def run(task):
     """The tokens and the logits of each sequence."""
     tokens, logits = [[] for _ in task.prompts], [[] for _ in task.prompts]
     for step in steps(task):
-        for place, row in enumerate(step.rows.tolist()):
-            tokens[row].append(int(step.tokens[place]))
-            logits[row].append(step.logits[place].clone())
+        for place, row in enumerate(step.rows):
+            tokens[row].append(step.tokens[place])
+            logits[row].append(step.logits[place])
     return tokens, [torch.stack(rows) if rows else None for rows in logits]
 
 

@@ -71,7 +71,7 @@ def test_batch_gives_a_place_to_the_next_prompt_at_once(tiny_decoder):
     ends = {free[0][3], free[1][5]}
     begun, passes = set(), 0
     for step in steps(task_of(model, PROMPTS, stop=ends, batch_size=3)):
-        rows = set(step.rows.tolist())
+        rows = set(step.rows)
         if rows <= begun:
             assert len(rows) == 3 or len(begun) == len(PROMPTS)
             passes += 1
@@ -132,7 +132,7 @@ def test_reader_goes_back_in_its_text(tiny_decoder, kind):
 
 def test_batch_closed_early_lets_go(tiny_decoder):
     run_ = steps(task_of(tiny_decoder(), PROMPTS, batch_size=2))
-    assert next(run_).rows.tolist() == [0, 1]
+    assert next(run_).rows == [0, 1]
     run_.close()
     assert list(run_) == []
 

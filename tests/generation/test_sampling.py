@@ -9,6 +9,7 @@ from llmcore.generation.sampling import (
     Sampler,
     Sampling,
     log_probabilities,
+    rows_of,
     samplers_of,
 )
 
@@ -80,8 +81,8 @@ def check_draws(options, logits, expected, seen=(), tokens=None):
         if p > 1e-5 and (tokens is None or token in tokens):
             draws = [below + share * p for share in (0.01, 0.5, 0.99)]
             samplers = [Fixed(draw, seen) for draw in draws]
-            chosen = Sampling(**options).choose(logits.expand(3, -1), samplers)
-            assert chosen.tolist() == [token] * 3, p
+            chosen = Sampling(**options).choose(rows_of(logits.expand(3, -1)), samplers)
+            assert chosen == [token] * 3, p
         below += p
 
 
@@ -123,7 +124,7 @@ def test_sampling_of_many_tokens(options, scale):
     check_draws(options, row[None], expected, tokens=some | last)
     for draw, end in ((0.0, min), (1 - 2**-53, max)):
         p, token = end(expected, key=lambda pair: pair[1])
-        assert p < 1e-12 or Sampling(**options).choose(row[None], [Fixed(draw)]) == token
+        assert p < 1e-12 or Sampling(**options).choose(rows_of(row[None]), [Fixed(draw)]) == [token]
 
 
 @pytest.mark.parametrize("options", [{}, *FILTERS], ids=str)
@@ -137,17 +138,19 @@ def test_sampling_a_batch_is_each_alone(options):
         together = samplers_of(prompts, 11)
         alone = [samplers_of([prompts[b]], 11 + b) for b in range(6)]
         for _ in range(5):
-            tokens = Sampling(**options).choose(logits, together)
+            tokens = Sampling(**options).choose(rows_of(logits), together)
             for b in range(6):
-                assert Sampling(**options).choose(logits[b : b + 1], alone[b]) == tokens[b]
+                assert Sampling(**options).choose(rows_of(logits[b : b + 1]), alone[b]) == [
+                    tokens[b]
+                ]
 
 
 def test_sampling_frequencies():
     count = 4000
     logits = random_logits(1, 50, seed=1)
     options = {"temperature": 1.3, "top_k": 20, "top_p": 0.8}
-    tokens = Sampling(**options).choose(logits.expand(count, -1), [Sampler(2)] * count)
-    frequencies = torch.bincount(tokens, minlength=50) / count
+    tokens = Sampling(**options).choose(rows_of(logits.expand(count, -1)), [Sampler(2)] * count)
+    frequencies = torch.bincount(torch.tensor(tokens), minlength=50) / count
     p = torch.zeros(50)
     for chance, token in plain(logits[0].double().tolist(), **options):
         p[token] = chance
@@ -159,8 +162,8 @@ def test_sampling_keeps_the_equals_of_the_last():
     logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0, 0.0]])
     for options in ({"top_k": 2}, {"top_p": 0.5}):
         sampling = Sampling(temperature=1.0, **options)
-        tokens = sampling.choose(logits.expand(400, -1), [Sampler(0)] * 400)
-        assert set(tokens.tolist()) == {1, 2, 3, 4}
+        tokens = sampling.choose(rows_of(logits.expand(400, -1)), [Sampler(0)] * 400)
+        assert set(tokens) == {1, 2, 3, 4}
 
 
 def test_sampling_ends_of_the_range():
@@ -169,7 +172,7 @@ def test_sampling_ends_of_the_range():
     for draw, expected in ((0.0, 0), (0.4999, 0), (0.5, 2), (1 - 2**-53, 2)):
         for options in ({}, {"top_k": 3}, {"min_p": 0.01}):
             sampling = Sampling(temperature=1.0, **options)
-            assert sampling.choose(logits, [Fixed(draw)]) == expected
+            assert sampling.choose(rows_of(logits), [Fixed(draw)]) == [expected]
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-30, 1e30, 1e308])
@@ -177,21 +180,22 @@ def test_sampling_at_extreme_temperatures(temperature):
     logits = torch.tensor([[-30.0, 1.0, 30.0, float("-inf")]])
     for options in ({}, {"top_k": 3}, {"top_p": 0.999}):
         sampling = Sampling(temperature=temperature, **options)
-        chosen = {int(sampling.choose(logits, [Fixed(draw)])) for draw in (0.1, 0.5, 0.9)}
+        draws = (0.1, 0.5, 0.9)
+        chosen = {sampling.choose(rows_of(logits), [Fixed(draw)])[0] for draw in draws}
         assert chosen == ({2} if temperature < 1 else {0, 1, 2})
 
 
 def test_sampling_greedy_takes_the_first_of_equals():
     logits = torch.randint(3, (20, 1000), generator=torch.Generator().manual_seed(0)).float()
-    tokens = Sampling().choose(logits, [Sampler(0)] * 20)
-    assert torch.equal(tokens, logits.argmax(dim=-1))
+    tokens = Sampling().choose(rows_of(logits), [Sampler(0)] * 20)
+    assert tokens == logits.argmax(dim=-1).tolist()
 
 
 def test_sampling_repetition_penalty_sees_prompt_and_answer():
     logits = torch.tensor([[2.0, 1.9, -1.0, 1.8]])
     sampling = Sampling(repetition_penalty=1.5)
     [sampler] = samplers_of([[0]], 0)
-    assert [int(sampling.choose(logits, [sampler])) for _ in range(4)] == [1, 3, 0, 0]
+    assert [sampling.choose(rows_of(logits), [sampler])[0] for _ in range(4)] == [1, 3, 0, 0]
     assert sampler.seen.tolist() == [0, 1, 3, 0, 0]
     assert logits.tolist() == torch.tensor([[2.0, 1.9, -1.0, 1.8]]).tolist()
 
@@ -202,17 +206,17 @@ def test_sampling_refuses_logits_that_are_not_numbers(options, bad):
     logits = random_logits(3, 200)
     logits[1, 77] = bad
     with pytest.raises(ValueError, match=f"the highest of sequence 1 is {bad}"):
-        Sampling(**options).choose(logits, [Fixed(0.1)] * 3)
+        Sampling(**options).choose(rows_of(logits), [Fixed(0.1)] * 3)
     logits[1] = float("-inf")
     with pytest.raises(ValueError, match="the highest of sequence 1 is -inf"):
-        Sampling(**options).choose(logits, [Fixed(0.1)] * 3)
+        Sampling(**options).choose(rows_of(logits), [Fixed(0.1)] * 3)
 
 
 def test_log_probabilities_are_the_models():
     logits = random_logits(3, 50)
-    tokens = torch.tensor([4, 0, 49])
+    tokens = [4, 0, 49]
     expected = logits.double().log_softmax(dim=-1)[torch.arange(3), tokens].float()
-    torch.testing.assert_close(log_probabilities(logits, tokens), expected)
+    torch.testing.assert_close(torch.tensor(log_probabilities(logits, tokens)), expected)
 
 
 @pytest.mark.parametrize("drawn", [0, 3])
@@ -222,8 +226,8 @@ def test_sampler_copy_goes_on_alike(drawn):
     sampling = Sampling(temperature=1.5, repetition_penalty=1.3)
     sampler = Sampler(5, [3, 7])
     for _ in range(drawn):
-        sampling.choose(logits, [sampler])
+        sampling.choose(rows_of(logits), [sampler])
     twin = sampler.copy()
-    ahead = [int(sampling.choose(logits, [twin])) for _ in range(20)]
+    ahead = [sampling.choose(rows_of(logits), [twin]) for _ in range(20)]
     assert sampler.seen.tolist() == twin.seen.tolist()[: 2 + drawn]
-    assert [int(sampling.choose(logits, [sampler])) for _ in range(20)] == ahead
+    assert [sampling.choose(rows_of(logits), [sampler]) for _ in range(20)] == ahead

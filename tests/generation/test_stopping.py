@@ -78,8 +78,8 @@ def test_half_characters_wait_for_the_other_half():
 def test_ended_says_which_sequences_end():
     stopping = Stopping([0, 7], ["ab"], TOKENIZER, batch=3)
     a, b = TOKENIZER.encode("a") + TOKENIZER.encode("b")
-    assert stopping.ended(torch.tensor([0, 1, 2]), torch.tensor([a, a, 7])).tolist() == [0, 0, 1]
-    assert stopping.ended(torch.tensor([1, 0]), torch.tensor([b, 0])).tolist() == [1, 1]
+    assert stopping.ended([0, 1, 2], [a, a, 7]) == [False, False, True]
+    assert stopping.ended([1, 0], [b, 0]) == [True, True]
     assert [text.finish() for text in stopping.texts] == ["a", "", ""]
 
 

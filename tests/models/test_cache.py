@@ -46,7 +46,7 @@ def make(request):
 def append(cache, new, counts=None):
     """One pass that stores random keys and values in both layers; returns them, (2, B, 1, T, 4)."""
     like = torch.zeros(cache.batch, new, CONFIG.width)
-    span = cache.reserve(like, None if counts is None else torch.tensor(counts))
+    span = cache.reserve(like.shape[1], like, None if counts is None else torch.tensor(counts))
     stored = []
     for layer in range(CONFIG.layers):
         k, v = torch.randn(2, cache.batch, 1, new, 4)
@@ -81,7 +81,7 @@ def test_cache_holds_what_was_stored(make):
 def test_cache_sequences_of_different_length_have_no_holes(make):
     cache = make(CONFIG, 2)
     first = append(cache, 3, counts=[1, 3])
-    span = cache.reserve(torch.zeros(2, 2, CONFIG.width), None)
+    span = cache.reserve(2, torch.zeros(2, CONFIG.width), None)
     assert span.positions.tolist() == [[1, 2], [3, 4]]
     assert span.kv_lengths.tolist() == [3, 5]
     second = append(cache, 2)
@@ -119,7 +119,7 @@ def test_cache_static_keeps_its_addresses_and_says_when_it_is_full():
 def test_cache_failed_pass_leaves_it_as_it_was(make):
     cache = make(CONFIG, 2)
     first = append(cache, 2, counts=[1, 2])
-    span = cache.reserve(torch.zeros(2, 5, CONFIG.width), None)
+    span = cache.reserve(5, torch.zeros(2, CONFIG.width), None)
     cache.store(0, *torch.randn(2, 2, 1, 5, 4), span)  # and no commit
     assert (len(cache), cache.lengths.tolist()) == (2, [1, 2])
     again = append(cache, 1)
@@ -345,7 +345,7 @@ def test_cache_refuses(make):
     with pytest.raises(ValueError, match=r"90 tokens in the cache and 11 new ones exceed .* 100"):
         append(cache, 11)
     with pytest.raises(ValueError, match="holds 1 sequences, got ids of 2"):
-        cache.reserve(torch.zeros(2, 1, 8), None)
+        cache.reserve(1, torch.zeros(2, 8), None)
     with pytest.raises(ValueError, match="lengths: expected 1 numbers, got 2"):
         cache.truncate([1, 1])
     for length in (-1, 91):
