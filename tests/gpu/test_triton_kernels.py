@@ -57,7 +57,7 @@ def test_triton_kernels_small(name: str, record_property: Any) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_triton_kernels_samples(name: str, dtype: str, record_property: Any) -> None:
-    hold(name, record_property, "--dtype", dtype, "--largest", "40000", "--count", "12", name)
+    hold(name, record_property, "--dtype", dtype, "--largest", "40000", "--count", "12")
 
 
 @pytest.mark.slow
