@@ -178,6 +178,6 @@ def test_chat_process(tiny_decoder, tiny_tokenizer, tmp_path):
             assert piece, f"the output ends after {text!r}"
             text += piece
     process.stdin.close()
-    assert process.wait(60) == 0
+    assert process.wait(600) == 0
     watchdog.cancel()
     process.stdout.close()

@@ -73,12 +73,12 @@ def test_patch_sdpa_blocks_of_threads_may_overlap():
     def other():
         with llmcore.patch_sdpa():
             inside.set()
-            leave.wait(10)
+            leave.wait(600)
 
     thread = threading.Thread(target=other)
     with llmcore.patch_sdpa():
         thread.start()
-        assert inside.wait(10)
+        assert inside.wait(600)
     assert F.scaled_dot_product_attention is patched  # the other thread is still inside
     leave.set()
     thread.join()

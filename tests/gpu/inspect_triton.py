@@ -375,7 +375,8 @@ def main() -> None:
     for name in options.ops or names:
         for target in options.targets:
             for found in facts(name, target, options.simulate):
-                print(json.dumps(asdict(found)) if options.json else found, flush=True)
+                text = json.dumps({"op": name, **asdict(found)}) if options.json else found
+                print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -25,20 +25,25 @@ needs_tools = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 PRODUCTS = ("attention", "attention_varlen", "paged_attention", "linear", "linear_cross_entropy")
-ROW_WISE = [
+ROW_WISE = tuple(
     name for name, op in REGISTRY.items() if op.candidate("triton") and name not in PRODUCTS
-]
+)
 
 
 @functools.cache
-def facts(name: str, target: str) -> tuple[dict[str, Any], ...]:
-    """What inspect_triton.py prints of an op's kernels."""
+def printed(names: tuple[str, ...], target: str) -> tuple[dict[str, Any], ...]:
+    """What inspect_triton.py prints of these ops' kernels, which one process compiles."""
     script = Path(__file__).with_name("inspect_triton.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, str(script), name, "--json", "--targets", target]
+    command = [sys.executable, str(script), *names, "--json", "--targets", target]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return tuple(map(json.loads, run.stdout.splitlines()))
+
+
+def facts(name: str, target: str, beside: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Of an op's kernels, inspected together with those `beside` it."""
+    return [fact for fact in printed(beside or (name,), target) if fact["op"] == name]
 
 
 def test_amd_code_reads_registers_and_the_hot_loop() -> None:
@@ -86,7 +91,9 @@ LOW_BOUND = ("attention.combine_kernel", "attention_backward.delta_kernel")
 def test_triton_machine_code_products(name: str, target: str) -> None:
     """Products as counted by hand, nothing spilled in the loop (little where it has masked blocks),
     full width, no atomics."""
-    for fact in facts(name, target):
+    found = facts(name, target, PRODUCTS)
+    assert found
+    for fact in found:
         kernel, title = fact["kernel"].split()[0], (fact["kernel"], target)
         assert fact["local_in_loop"] <= spilled_by_design(name, target, kernel), title
         assert fact["local_in_masked"] <= (16 if target == "sm_80" else 0), title
@@ -148,7 +155,7 @@ busy. What is below 1 waits for shared memory; inspect_triton.py has the reasons
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TENSOR_SHARE)
 def test_triton_machine_code_tensor_cores_are_busy(name: str) -> None:
-    found = {fact["kernel"]: fact["tensor_share"] for fact in facts(name, "sm_80")}
+    found = {fact["kernel"]: fact["tensor_share"] for fact in facts(name, "sm_80", PRODUCTS)}
     for kernel, least in TENSOR_SHARE[name].items():
         assert found[kernel] >= least, (kernel, found[kernel])
 
@@ -158,7 +165,9 @@ def test_triton_machine_code_tensor_cores_are_busy(name: str) -> None:
 @pytest.mark.parametrize("name", ["attention", "paged_attention", "linear"])
 def test_triton_machine_code_decoding_waits_for_memory(name: str) -> None:
     """What reads each byte once has nothing else that takes longer than that."""
-    decoding = [f for f in facts(name, "sm_80") if "split" in f["kernel"] or "int8" in f["kernel"]]
+    decoding = [
+        f for f in facts(name, "sm_80", PRODUCTS) if "split" in f["kernel"] or "int8" in f["kernel"]
+    ]
     assert decoding and all(fact["bound"] == "memory" for fact in decoding), decoding
 
 
@@ -167,17 +176,16 @@ def test_triton_machine_code_decoding_waits_for_memory(name: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ROW_WISE)
 def test_triton_machine_code_row_wise(name: str, target: str) -> None:
-    hold_row_wise(name, target)
+    hold_row_wise(facts(name, target, ROW_WISE), target)
 
 
 @needs_tools
 def test_triton_machine_code_softmax() -> None:
-    hold_row_wise("softmax", "sm_80")
+    hold_row_wise(facts("softmax", "sm_80"), "sm_80")
 
 
-def hold_row_wise(name: str, target: str) -> None:
+def hold_row_wise(found: list[dict[str, Any]], target: str) -> None:
     """128 bits an access, nothing spilled, no conflicts, a quarter of the warps at least."""
-    found = facts(name, target)
     assert found
     for fact in found:
         title = fact["kernel"], target

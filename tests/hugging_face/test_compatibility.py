@@ -202,7 +202,7 @@ def distributed(mode: str, how: str) -> str:
     script = str(Path(__file__).with_name("distributed_runs.py"))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [sys.executable, *(launch if mode != "one" else []), script, mode, how]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     return run.stdout
 

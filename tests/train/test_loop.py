@@ -233,7 +233,7 @@ def test_loop_two_processes_take_the_steps_of_one(
     folder = tmp_path / parallel
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = [str(script), str(tmp_path), str(folder), parallel, tests]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     records = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
