@@ -20,7 +20,7 @@ from llmcore.cli import main
 
 WORDS = "w5 w7 w11"
 HANGS = 600
-"""Seconds after which whoever waits gives up: a server is slow where other processes are at work."""
+"""Seconds after which whoever waits gives up: a server is slow where other processes work."""
 
 
 def test_serve_says_what_is_wrong(capsys, monkeypatch):
