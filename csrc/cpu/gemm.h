@@ -152,9 +152,9 @@ bool gemm_by_strips(const Part& part, int64_t K, const Matrix<TA>& all_a, const 
   return true;
 }
 
-// Many rows, half as many as columns or more: B is packed a chunk of columns at a time, by all threads and for all of
-// them; a thread packs a block of rows of A, which stays in its second cache, and takes it through the chunk. So what
-// one core packs another reads once only: some per cent faster than by strips, most where the inner axis is short.
+// Many rows: B is packed a chunk of columns at a time, by all threads and for all of them; a thread packs a block of
+// rows of A, which stays in its second cache, and takes it through the chunk. So what one core packs another reads once
+// only: some per cent faster than by strips, most where the inner axis is short.
 template <class Products, class TA, class TB, class Finish>
 bool gemm_by_rows(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matrix<TB>& b, const Finish& finish,
                   int64_t threads) {
@@ -195,6 +195,15 @@ bool gemm_by_rows(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Ma
   return true;
 }
 
+// Which way packs fewer words: by strips B is packed anew for each chunk of A, by rows A for each chunk of B. Where B
+// is not much the larger, less comes from another core by rows, however much is packed.
+template <class Products>
+bool packs_less_by_rows(int64_t M, int64_t N, int64_t K) {
+  const int64_t lanes = padded_lanes<Products>(K), a = M * lanes, b = N * lanes;
+  const int64_t by_strips = a + b * (1 + a / LARGEST_CHUNK_WORDS), by_rows = b + a * (1 + b / LARGEST_CHUNK_WORDS);
+  return N <= 2 * M || by_rows < by_strips;
+}
+
 // Many rows, but little work: each thread takes a part of C, whole rows or whole columns, and packs all that it needs,
 // for what another core has packed takes longer to arrive.
 template <class Products, class TA, class TB, class Finish>
@@ -228,7 +237,7 @@ bool gemm(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matrix<TB>
     return gemm_apart<Products>(M, N, K, a, b, finish, columns_cut, by_rows, threads);
   }
   // Each thread needs some blocks of rows, so that none waits for another at the end.
-  if (columns_cut == Cut::as_threads_need && N <= 2 * M && M >= 4 * threads * ROW_BLOCK) {
+  if (columns_cut == Cut::as_threads_need && M >= 4 * threads * ROW_BLOCK && packs_less_by_rows<Products>(M, N, K)) {
     return gemm_by_rows<Products>(M, N, K, a, b, finish, threads);
   }
   return gemm_by_strips<Products>(Part{0, M, 0, N}, K, a, b, finish, columns_cut, threads);
