@@ -68,9 +68,8 @@ class Sampling:
         """
         if self.repetition_penalty != 1.0:
             rows = np.stack([self._penalised(*pair) for pair in zip(rows, samplers, strict=True)])
-        tokens: list[int] = rows.argmax(
-            axis=-1
-        ).tolist()  # the first of equals; NaN counts as the highest
+        # The first of equals; NaN counts as the highest.
+        tokens: list[int] = rows.argmax(axis=-1).tolist()
         best: list[float] = [row.item(token) for row, token in zip(rows, tokens, strict=True)]
         _check_best(best)
         if self.temperature > 0.0:
