@@ -26,12 +26,12 @@ test: $(VENV)/installed model
 GPU_TESTS = tests/gpu tests/ops/test_registry.py
 
 test-all: $(VENV)/installed model
-	$(MAKE) --keep-going --jobs=2 test-all-gpu test-all-others
+	$(MAKE) --keep-going --jobs=2 --output-sync=target test-all-gpu test-all-others
 
 test-all-gpu: $(VENV)/installed
-	$(BIN)/python -m pytest -m '' $(GPU_TESTS)
+	$(BIN)/python -m pytest -m '' -o cache_dir=.pytest_cache/gpu $(GPU_TESTS)
 
-test-all-others: $(VENV)/installed
+test-all-others: $(VENV)/installed model
 	$(BIN)/python -m pytest -m '' $(GPU_TESTS:%=--ignore=%)
 
 bench: $(VENV)/installed

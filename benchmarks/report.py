@@ -208,7 +208,7 @@ def summary_lines(results: Sequence[Result]) -> Iterator[str]:
     """Where llmcore is the faster, and every case where torch is, or where something is missing."""
     noisy = sum(result.is_noisy for result in results)
     if noisy:
-        yield f"  NOISY: in {noisy} of {len(results)} cases other processes ran on the cores"
+        yield f"  NOISY: in {noisy} of {len(results)} cases threads waited for a core"
     for op in dict.fromkeys(result.case.bench.op for result in results):
         mine = [r for r in results if r.case.bench.op == op]
         ratios = {r: ratio for r in mine if (ratio := best_ratio(r)) is not None}

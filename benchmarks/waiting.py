@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 
 DISTURBED = 0.05
-"""The share of a timing for which threads may have waited, all together: what it has cost at most.
-Above it the timing is said to be noisy."""
+"""The share of a timing for which a thread may have waited; above it the timing is said to be noisy."""
 
 
 class Waiting:
@@ -23,17 +22,20 @@ class Waiting:
         self.before, self.start = waits(), time.perf_counter()
 
     def share(self) -> float | None:
-        """Of the time until now, over all threads; None where nobody counts it."""
+        """Of the time until now, that of the thread which waited longest: the others wait for it then.
+
+        None where nobody counts it.
+        """
         now, seconds = waits(), time.perf_counter() - self.start
         if not now:
             return None
-        return sum(s - self.before.get(task, 0.0) for task, s in now.items()) / seconds
+        return max(s - self.before.get(task, 0.0) for task, s in now.items()) / seconds
 
 
-def waits() -> dict[str, float]:
+def waits(tasks: Path = Path("/proc/self/task")) -> dict[str, float]:
     """Seconds that each thread of this process ever waited; empty where nobody counts them."""
     found = {}
-    for task in Path("/proc/self/task").glob("*/schedstat"):
+    for task in tasks.glob("*/schedstat"):
         with contextlib.suppress(OSError):  # ended meanwhile
             found[task.parent.name] = int(task.read_text().split()[1]) / 1e9
     return found

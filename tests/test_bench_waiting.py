@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,11 +16,17 @@ SPIN = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); print(flush
 
 
 def test_bench_waiting_is_what_threads_waited_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = iter([{"1": 5.0}, {"1": 5.5, "2": 0.25}])
+    counted = iter([{"1": 5.0, "3": 9.0}, {"1": 5.75, "2": 0.25, "3": 9.0}])
     monkeypatch.setattr(waiting, "waits", lambda: next(counted))
     monkeypatch.setattr(waiting.time, "perf_counter", iter([10.0, 12.5]).__next__)
     share = waiting.Waiting().share()
     assert share == 0.3 and waiting.is_disturbed(share)
+
+
+def test_bench_waiting_reads_the_kernels_count(tmp_path: Path) -> None:
+    (tmp_path / "71").mkdir()
+    (tmp_path / "71" / "schedstat").write_text("9000000000 2500000000 17\n")  # ran, waited, turns
+    assert waiting.waits(tmp_path) == {"71": 2.5}
 
 
 def test_bench_waiting_is_unknown_where_nobody_counts(monkeypatch: pytest.MonkeyPatch) -> None:

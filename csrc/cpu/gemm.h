@@ -21,9 +21,10 @@ constexpr int64_t STRIP_WORDS_A_ROW = 1024;        // or less: for few rows it s
 // beside whose operands and result the memory is little, gets large ones: half the packing of B at 2048 x 768 x 3072.
 constexpr int64_t CHUNK_WORDS = int64_t{1} << 20, LARGEST_CHUNK_WORDS = int64_t{3} << 20;
 
-// A second thread pays from so many values of B on, of which each is read once, or from so many multiply-adds on;
-constexpr int64_t ALONE_READ = int64_t{1} << 16, ALONE = int64_t{1} << 20;
-// memory that the threads share from so many on for each of them, or where a part would be shorter.
+// A second thread pays from so many multiply-adds on, or from so many values of B where each is read once.
+constexpr int64_t ALONE = int64_t{1} << 20, ALONE_READ = int64_t{1} << 16;
+// Sharing what is packed pays from so many multiply-adds a thread on; below, each takes so many rows or columns at
+// least.
 constexpr int64_t APART = int64_t{1} << 27, SHORTEST_PART = 64;
 
 enum class Cut { as_threads_need, whole_blocks };
@@ -228,7 +229,7 @@ bool gemm(int64_t M, int64_t N, int64_t K, const Matrix<TA>& a, const Matrix<TB>
   if (M == 0 || N == 0) return true;
   const int64_t work = M * N * K;
   if (M <= FEW_ROWS && a.depth == 1 && b.depth == 1 && K > 0) {
-    const bool alone = N * K <= ALONE_READ && work < ALONE;
+    const bool alone = N * K < ALONE_READ && work < ALONE;
     return gemm_few<Products>(M, N, K, a, b, finish, columns_cut, alone ? 1 : runtime.threads());
   }
   const int64_t threads = work < ALONE ? 1 : runtime.threads();

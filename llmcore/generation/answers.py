@@ -27,7 +27,7 @@ class Answer:
     text: str | None
 
 
-@torch.no_grad()
+@torch.no_grad()  # once, not in each pass
 def answers(task: Task, *, logprobs: bool = False) -> list[Answer]:
     """The answers to all prompts, in their order."""
     found = dict(finished(task, logprobs=logprobs))

@@ -182,7 +182,7 @@ class _Sequence:
         return len(self.ids)
 
 
-class Said:
+class _Said:
     """What the model said in a pass: logits (B, T, V), and the same as `Sampling` takes them."""
 
     def __init__(self, logits: Tensor) -> None:
@@ -219,7 +219,7 @@ class _Run:
             sequence = _Sequence(self.waiting.popleft(), texts[i], self.task.max_new_tokens)
             self.places[place] = sequence
             sequences.append(sequence)
-        step = self._choose(sequences, Said(logits[:, None]), list(range(count)), 0)
+        step = self._choose(sequences, _Said(logits[:, None]), list(range(count)), 0)
         self._clear()
         return step
 
@@ -230,7 +230,7 @@ class _Run:
         guesses = [self._guess(sequence) for sequence in sequences]
         newest = [[s.ids[-1], *guess] for s, guess in zip(sequences, guesses, strict=True)]
         logits = run(self.task.model, newest, self.cache, last_only=not any(guesses))
-        said, found, going, accepted = Said(logits), [], list(range(len(sequences))), 0
+        said, found, going, accepted = _Said(logits), [], list(range(len(sequences))), 0
         for t in range(said.rows.shape[1]):
             found.append(self._choose([sequences[k] for k in going], said, going, t))
             right = [k for k in going if guesses[k][t : t + 1] == sequences[k].ids[-1:]]
@@ -295,7 +295,7 @@ class _Run:
 
         return self.draft.guess(sequence.row, sequence.ids, most, choose)
 
-    def _choose(self, sequences: list[_Sequence], said: Said, places: list[int], at: int) -> Step:
+    def _choose(self, sequences: list[_Sequence], said: _Said, places: list[int], at: int) -> Step:
         """The next token of each of these, from what was said [places, at]."""
         rows = [sequence.row for sequence in sequences]
         logits = said.rows[:, at]

@@ -66,8 +66,8 @@ class Slots:
 class Plan:
     """The native pass of one model at one level of instructions.
 
-    It holds the weights' tensors, and so their memory: weights that are changed in place count,
-    tensors put in their place do not. Make it anew then, by a new cache.
+    It holds the weights' memory: weights that are changed in place count, tensors put in the place
+    of a few do not (make it anew then, by a new cache); those of all, as `model.to` does, are seen.
     """
 
     interleaved_heads = False  # whether qkv's rows are query, key and value of each head in turn
@@ -78,6 +78,7 @@ class Plan:
         self.model, self.backend = model, backend
         assert model.norm is not None
         self.dtype = model.dtype
+        self.begins = _begins(model)
         self.tensors: list[Tensor] = []
         none = torch.empty(0, 0)
         self._angles = {of_windows: (none, none) for of_windows in (False, True)}
@@ -112,12 +113,13 @@ class Plan:
 
     @classmethod
     def of(cls, model: Decoder, cache: Cache) -> Plan | None:
-        """The plan of this pass, kept with the cache; None when `refuses` has a reason."""
+        """The plan of this pass, kept with the cache; None when there is a reason against it."""
         if refuses_call() or refuses_cache(model, cache):
             return None
         backend = dispatch.forced or "cpu"
         plan = cache.plan
-        if plan is None or plan.model is not model or plan.backend != backend:
+        kept = plan is not None and plan.model is model and plan.backend == backend
+        if not kept or plan.begins != _begins(model):
             refused = refuses_config(model.config) or refuses_model(model)
             plan = None if refused else cls(model, backend)
             cache.plan = plan
@@ -265,12 +267,18 @@ class Plan:
         """The tensor's address; it lives as long as the plan."""
         if tensor is None:
             return 0
-        self.tensors.append(tensor)
+        self.tensors.append(tensor.detach())  # a parameter's memory may be exchanged
         return tensor.data_ptr()
 
 
+def _begins(model: Decoder) -> int:
+    """Where the weights begin: elsewhere, once all of them were moved."""
+    weight = model.embedding.weight
+    return (weight.values if isinstance(weight, PackedWeight) else weight).data_ptr()
+
+
 def refuses_call() -> list[str]:
-    """Why no pass goes by a native call right now, as `refuses` says; empty when it may."""
+    """Why no pass goes by a native call right now; empty when it may."""
     reasons = []
     if native.module is None:
         reasons.append(native.why_not)

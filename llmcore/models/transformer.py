@@ -109,7 +109,7 @@ class Decoder(Vocabulary, Stack):
     def _native_logits(
         self, ids: Tensor, cache: Cache | None, counts: Tensor | None, last_only: bool
     ) -> Tensor | None:
-        """The logits by one native call; None where there is no cache, or `Plan.refuses` it."""
+        """The logits by one native call; None where there is no cache, or no plan."""
         if cache is None or (plan := Plan.of(self, cache)) is None:
             return None
         return plan.logits(ids, cache, counts, last_only)

@@ -132,6 +132,15 @@ def test_huge_pages_keep_contents():
     assert huge_bytes() - before >= moved // 2  # the system may have put them there itself
 
 
+def test_large_results_come_in_huge_pages():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this system has no huge pages for who asks")
+    x, before = torch.randn(3072, 4096), huge_bytes()  # 48 MiB
+    y = llmcore.ops.softmax(x)
+    assert huge_bytes() - before >= y.nbytes // 2  # the system may be short of them
+
+
 def test_plan_moves_all_weights_into_huge_pages(tiny_decoder, monkeypatch):
     moved = []
     monkeypatch.setattr("llmcore.models.plan.into_huge_pages", moved.extend)
@@ -204,6 +213,29 @@ def test_plan_follows_weights_changed_in_place(tiny_decoder):
         model.norm.weight.mul_(2.0)
         cache.truncate([0])
         after = model(ids, cache)
+        assert torch.equal(after, model(ids, KVCache(model.config, 1)))
+
+
+def in_other_memory(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone() * 2
+
+
+@pytest.mark.parametrize(
+    "move", [lambda model: model.to(torch.bfloat16), in_other_memory], ids=["dtype", "memory"]
+)
+def test_plan_follows_weights_that_moved(tiny_decoder, move):
+    model, ids = tiny_decoder(), torch.randint(300, (1, 4))
+    cache = KVCache(model.config, 1)
+    with torch.no_grad():
+        model(ids, cache)
+        held = [tensor.clone() for tensor in cache.plan.tensors]
+        plan = cache.plan
+        move(model)
+        assert all(map(torch.equal, plan.tensors, held))  # memory that nobody else has got
+        cache.truncate([0])
+        after = model(ids, cache)
+        assert cache.plan is not plan
         assert torch.equal(after, model(ids, KVCache(model.config, 1)))
 
 

@@ -193,6 +193,14 @@ def test_linear_many_rows_have_the_bits_of_few(backend: str) -> None:
         for level in levels if rows < 512 else levels[:1]:
             whole = level.forward(x, weight, bias)
             dx, dweight, _ = level.backward(dy, x, weight, True, True, False)
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                again = (
+                    level.forward(x, weight, bias),
+                    *level.backward(dy, x, weight, True, True, False),
+                )
+                assert all(map(torch.equal, again, (whole, dx, dweight)))
+            torch.set_num_threads(2)
             for some in (slice(0, 5), slice(rows - 130, rows)):
                 assert torch.equal(level.forward(x[some], weight, bias), whole[some])
                 part = level.backward(dy[some], x[some], weight, True, False, False)[0]

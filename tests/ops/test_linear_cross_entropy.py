@@ -57,6 +57,26 @@ def test_linear_cross_entropy_is_the_two_plain_ops() -> None:
     torch.testing.assert_close(fused, ops.cross_entropy(ops.linear(x, weight), target))
 
 
+def test_linear_cross_entropy_bits_are_a_rows_own(backend: str) -> None:
+    """Of so many rows and classes that each thread takes a part of them."""
+    if backend == "reference":
+        pytest.skip("the definition's sums are torch's, whose order depends on the number of rows")
+    x, weight, target = torch.randn(230, 33), torch.randn(1031, 33), torch.randint(0, 1031, (230,))
+
+    def of_rows(rows: slice) -> tuple[torch.Tensor, ...]:
+        mine = x[rows].clone().requires_grad_()
+        loss = ops.linear_cross_entropy(mine, weight, target[rows], reduction="none")
+        return loss.detach(), torch.autograd.grad(loss.sum(), mine)[0]
+
+    whole = of_rows(slice(None))
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, of_rows(slice(None)), whole))
+        for rows in (slice(0, 40), slice(99, 230)):
+            assert all(map(torch.equal, of_rows(rows), [t[rows] for t in whole]))
+    torch.set_num_threads(1)
+
+
 def test_linear_cross_entropy_logits_are_never_rounded() -> None:
     """Logits of 300 would lose 1 in bfloat16; the loss shows that they did not."""
     x = torch.tensor([[1.0, 256.0]]).bfloat16()
