@@ -9,6 +9,7 @@ speed.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -48,8 +49,12 @@ class Traffic:
         return self.ideal_sectors / max(self.sectors, 1)
 
 
+@functools.cache
 def traffic(name: str) -> dict[str, Traffic]:
-    """By mangled name, each kernel of the op that a bfloat16 call and its gradient launch."""
+    """By mangled name, each kernel of the op that a bfloat16 call and its gradient launch.
+
+    Whatever GPU is asked about: counted once for all of them.
+    """
     found: dict[str, Traffic] = {}
     for capability in capabilities(name):
         # A kernel that both run is counted once.
