@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 DISTURBED = 0.05
-"""The share of a timing for which a thread may have waited; above it the timing is said to be noisy."""
+"""The share of a timing for which a thread may have waited: above it, the timing is noisy."""
 
 
 class Waiting:
@@ -22,7 +22,7 @@ class Waiting:
         self.before, self.start = waits(), time.perf_counter()
 
     def share(self) -> float | None:
-        """Of the time until now, that of the thread which waited longest: the others wait for it then.
+        """Of the time until now, by the thread that waited longest, for which others wait in turn.
 
         None where nobody counts it.
         """
