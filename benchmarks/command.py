@@ -133,6 +133,10 @@ def run(args: argparse.Namespace) -> int:
     if unknown:
         print(f"ops: got {unknown[0]!r}, expected one of {', '.join((*known, *WHOLE))}")
         return 2
+    for name in args.ops:
+        if OPS in args.ops and name in benches() and not row_list(args, [name]):
+            print(f"ops: the table has no such rows of {name}; all cases: llmcore bench {name}")
+            return 2
     chosen = args.ops or list(known[1:])
     threads = args.threads or ((machine.cores(),) if args.quick else (machine.cores(), 1))
     threads = tuple(dict.fromkeys(threads))

@@ -135,6 +135,10 @@ def test_bench_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--dtypes", "fp32,fp8"], "got 'fp8', expected one of fp32, bf16, fp16"),
         (["--threads", "0"], "got 0, expected at least 1"),
         (["dance"], "ops: got 'dance', expected one of"),
+        (
+            ["ops", "rope", "attention_varlen"],
+            "no such rows of attention_varlen; all cases: llmcore",
+        ),
         (["accelerate", "dance"], "accelerate: got 'dance', expected some of GPT-2, Llama"),
     ],
 )
