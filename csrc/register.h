@@ -106,8 +106,7 @@ struct Parameter {
   Dtype dtype = Dtype::float32;
 };
 
-// Of bytes: from here on the C library gives memory back to the system with each tensor, and takes it anew, to be
-// cleared.
+// Of bytes: from here on the C library as a rule maps each tensor anew, and the system clears its pages.
 constexpr int64_t LARGE_RESULT = int64_t{32} << 20;
 
 // A fresh tensor, `strides` in elements. By the C shim itself: the dispatcher's new_empty takes a microsecond more.
