@@ -25,7 +25,7 @@ test: $(VENV)/installed model
 # the first, whose report counts them; the native ones' wide sweeps, whole models and sanitizers are in the other.
 GPU_TESTS = tests/gpu tests/ops/test_registry.py
 
-test-all: $(VENV)/installed model
+test-all: $(VENV)/installed
 	$(MAKE) --keep-going --jobs=2 --output-sync=target test-all-gpu test-all-others
 
 test-all-gpu: $(VENV)/installed

@@ -86,7 +86,7 @@ class Result:
     """A case on so many threads: its contenders, its limit's name and rate.
 
     The rate is in bytes or operations a second; None without native kernels, and `limit` says why.
-    `waited` is the share of the time, warm-ups too, for which a thread waited for a core, where
+    `waited` is the share of the time, warm-ups too, for which threads waited for a core, where
     that is known.
     """
 

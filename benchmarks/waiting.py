@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 DISTURBED = 0.05
-"""The share of a timing for which a thread may have waited: above it, the timing is noisy."""
+"""The share of a timing for which threads may have waited, all together: what it has cost at most.
+Above it the timing is said to be noisy."""
 
 
 class Waiting:
@@ -22,14 +23,11 @@ class Waiting:
         self.before, self.start = waits(), time.perf_counter()
 
     def share(self) -> float | None:
-        """Of the time until now, by the thread that waited longest, for which others wait in turn.
-
-        None where nobody counts it.
-        """
+        """Of the time until now, over all threads; None where nobody counts it."""
         now, seconds = waits(), time.perf_counter() - self.start
         if not now:
             return None
-        return max(s - self.before.get(task, 0.0) for task, s in now.items()) / seconds
+        return sum(s - self.before.get(task, 0.0) for task, s in now.items()) / seconds
 
 
 def waits(tasks: Path = Path("/proc/self/task")) -> dict[str, float]:

@@ -186,7 +186,7 @@ class _Said:
     """What the model said in a pass: logits (B, T, V), and the same as `Sampling` takes them."""
 
     def __init__(self, logits: Tensor) -> None:
-        self.logits, self.rows = logits, rows_of(logits)
+        self.logits, self.numbers = logits, rows_of(logits)
 
 
 class _Run:
@@ -231,7 +231,7 @@ class _Run:
         newest = [[s.ids[-1], *guess] for s, guess in zip(sequences, guesses, strict=True)]
         logits = run(self.task.model, newest, self.cache, last_only=not any(guesses))
         said, found, going, accepted = _Said(logits), [], list(range(len(sequences))), 0
-        for t in range(said.rows.shape[1]):
+        for t in range(said.numbers.shape[1]):
             found.append(self._choose([sequences[k] for k in going], said, going, t))
             right = [k for k in going if guesses[k][t : t + 1] == sequences[k].ids[-1:]]
             accepted += len(right)
@@ -298,7 +298,7 @@ class _Run:
     def _choose(self, sequences: list[_Sequence], said: _Said, places: list[int], at: int) -> Step:
         """The next token of each of these, from what was said [places, at]."""
         rows = [sequence.row for sequence in sequences]
-        logits = said.rows[:, at]
+        logits = said.numbers[:, at]
         if len(places) < len(logits):
             logits = logits[places]
         tokens = self.task.sampling.choose(logits, [self.task.samplers[row] for row in rows])
